@@ -1,0 +1,1 @@
+"""srppo: align a language model from demonstrations alone (Self-Rewarding PPO)."""

@@ -1,0 +1,41 @@
+"""Every error a user can meet.
+
+    SrppoError
+    ├── ConfigError        recipe: unknown key, wrong type, impossible combination   (ValueError)
+    ├── DataError          data sets, rows, columns, prompts                         (ValueError)
+    ├── ModelError         model directories, tokenizers, vocabularies               (ValueError)
+    ├── RunDirError        run directories: occupied, not writable, disk full        (OSError)
+    ├── MissingExtraError  an optional package is not installed                      (ImportError)
+    └── ShapeError         tensors whose shapes do not fit together                  (ValueError)
+
+A message names the value, the consequence and the cure. The command line prints it and exits
+with code 2; anything else that escapes is a bug of ours.
+"""
+
+
+class SrppoError(Exception):
+    """Base of all errors that this package raises on purpose."""
+
+
+class ConfigError(SrppoError, ValueError):
+    """A recipe that cannot be run."""
+
+
+class DataError(SrppoError, ValueError):
+    """Demonstrations or prompts that cannot be used."""
+
+
+class ModelError(SrppoError, ValueError):
+    """A model or tokenizer that cannot be loaded or does not fit its role."""
+
+
+class RunDirError(SrppoError, OSError):
+    """A run directory that cannot be written or belongs to another run."""
+
+
+class MissingExtraError(SrppoError, ImportError):
+    """An optional dependency is missing; the message names the extra to install."""
+
+
+class ShapeError(SrppoError, ValueError):
+    """Tensors whose shapes do not fit together."""

@@ -1,0 +1,1 @@
+"""Loading models, their roles and their frozen log-probabilities."""

@@ -1,0 +1,1 @@
+"""The two stages, the audit, checkpoints and metrics."""
