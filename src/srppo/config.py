@@ -1,0 +1,368 @@
+"""The recipe: everything that decides what a run does, checked once and then frozen.
+
+`load_recipe("recipes/miniature.yaml", ["ppo.kl_coef=0.5"])` reads YAML, applies the overrides and
+checks the result. "paper" marks values from arXiv:2510.21090, "ours" what we chose ourselves.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from srppo.errors import ConfigError
+
+Positive = Annotated[int, Field(gt=0)]
+NonNegative = Annotated[int, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Schedule = Literal["constant", "linear", "cosine"]
+
+
+class Section(BaseModel):
+    """Frozen, strictly typed, unknown keys rejected."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True
+    )
+
+
+class ModelConfig(Section):
+    """The models that a run starts from."""
+
+    base: str
+    """pi_base: a Hugging Face name, a model directory, or `srppo:miniature`."""
+    sft: str | None = None
+    """An SFT checkpoint made elsewhere; stage 1 is then skipped."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Number format of the weights; log-probabilities are float32 either way."""
+    device: str = "auto"
+    """`auto` (CUDA if there is one), `cpu`, `cuda`, `cuda:1`."""
+
+
+class DataConfig(Section):
+    """Where demonstrations and prompts come from.
+
+    A source is a local .jsonl, .json, .csv or .parquet file, a Hugging Face data set name, or
+    `python:package.module:function`, a generator called with `seed` and `split`.
+    """
+
+    demonstrations: str | None = None
+    """Prompt-response pairs for stage 1."""
+    demonstrations_limit: Positive | None = None
+    """Train on this many of them, drawn by seed; null: all."""
+    held_out: NonNegative = 128
+    """Demonstrations kept out of training for the audit and the held-out NLL."""
+    prompts: str | None = None
+    """Prompts for stage 2; null: those of the demonstrations that stage 1 trains on."""
+    prompts_limit: Positive | None = None
+    """Use this many of them; null: all."""
+    prompts_skip: NonNegative = 0
+    """Skip this many rows first: with the demonstrations' source, makes the two sets disjoint."""
+    split: str = "train"
+    """Split of the sources above."""
+    max_prompt_tokens: Positive = 1024
+    """Longer prompts are dropped, and counted."""
+    max_response_tokens: Positive = 1024
+    """Longer demonstrations are truncated; rollouts and evaluation stop here."""
+
+
+class SFTConfig(Section):
+    """Stage 1: minimise -log pi(y|x) over response tokens, EOS included."""
+
+    epochs: Positive = 2
+    """Passes over the demonstrations (paper)."""
+    batch_size: Positive = 128
+    """Demonstrations per optimizer step (paper)."""
+    micro_batch_size: Positive = 8
+    """Demonstrations per forward pass; memory only."""
+    learning_rate: PositiveFloat = 1e-5
+    """Peak learning rate (paper: one of 1e-5, 5e-6, 1e-6, 5e-7)."""
+    lr_schedule: Schedule = "linear"
+    """Decay to zero over the run, or none (ours)."""
+    warmup_fraction: Fraction = 0.03
+    """Share of the steps over which the learning rate rises (ours)."""
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    """`sgd` has momentum 0.9. See docs/LOG.md for what the optimizer does to the reward."""
+    weight_decay: NonNegativeFloat = 0.0
+    """Decoupled for adamw, L2 for sgd."""
+    max_grad_norm: PositiveFloat = 1.0
+    """Gradients are scaled down to this norm."""
+
+    @model_validator(mode="after")
+    def _possible(self) -> SFTConfig:
+        if self.batch_size > self.micro_batch_size and self.batch_size % self.micro_batch_size:
+            raise ValueError(
+                f"batch_size={self.batch_size} is not a multiple of micro_batch_size="
+                f"{self.micro_batch_size}: optimizer steps would see another number of "
+                f"demonstrations than asked for. Try micro_batch_size="
+                f"{math.gcd(self.batch_size, self.micro_batch_size)}."
+            )
+        return self
+
+
+class PPOConfig(Section):
+    """Stage 2: maximise E[r(x,y) - kl_coef KL(pi_theta || pi_ref)] on prompts alone."""
+
+    estimator: Literal["ppo", "rloo"] = "ppo"
+    """`ppo`: critic and GAE. `rloo`: leave-one-out over responses of one prompt, no critic."""
+    steps: Positive | None = None
+    """Updates of the policy; null: one pass over the prompts."""
+    rollouts_per_step: Positive = 1024
+    """Responses sampled before each update (paper)."""
+    responses_per_prompt: Positive = 1
+    """Responses to each prompt of a step; rloo needs at least 2."""
+    epochs: Positive = 1
+    """Passes over the rollouts of a step (ours)."""
+    minibatch_size: Positive = 128
+    """Responses per optimizer step (ours); the last one of a pass may be smaller."""
+    max_tokens_per_batch: Positive = 16384
+    """Tokens, padding included, per forward pass; memory and speed only."""
+
+    kl_coef: PositiveFloat = 0.2
+    """beta, the KL coefficient (paper: 0.2 or 0.5)."""
+    kl_ref: Literal["sft", "base"] = "sft"
+    """pi_ref (ours; the paper's choice could not be read)."""
+    credit: Literal["eos", "token"] = "eos"
+    """The reward's place: whole at the last response token, or each token its own term."""
+    reward: Literal["sum", "mean"] = "sum"
+    """The log-ratio summed over the response (paper), or its mean per token."""
+    token_clip: PositiveFloat | None = None
+    """Bound in nats on each token's log-ratio; the bounded fraction is logged."""
+    missing_eos_penalty: NonNegativeFloat = 0.0
+    """Nats taken from responses that were cut off at max_response_tokens."""
+
+    learning_rate: PositiveFloat = 1e-6
+    """AdamW, policy (ours)."""
+    lr_schedule: Schedule = "constant"
+    """Over the steps (ours)."""
+    max_grad_norm: PositiveFloat = 1.0
+    """For policy and critic each."""
+    clip: PositiveFloat = 0.2
+    """PPO's epsilon (ours)."""
+    whiten_advantages: bool = True
+    """Zero mean, unit variance over all response tokens of a step."""
+    gamma: Fraction = 1.0
+    """Discount (ours)."""
+    gae_lambda: Fraction = 0.95
+    """GAE's lambda (ours)."""
+    value_learning_rate: PositiveFloat = 1e-5
+    """AdamW, critic (ours)."""
+    value_clip: PositiveFloat = 0.2
+    """How far a value may move per step, in standard deviations of the returns (ours)."""
+    value_warmup_steps: NonNegative = 0
+    """First steps in which only the critic learns; they come on top of `steps`."""
+    update_kl_limit: PositiveFloat | None = None
+    """A step's remaining minibatches are left out once KL(old||new) exceeds this, nats a token."""
+    max_kl: PositiveFloat = 50.0
+    """Training stops once KL(pi_theta||pi_ref) exceeds this, nats a response (ours)."""
+
+    @model_validator(mode="after")
+    def _possible(self) -> PPOConfig:
+        if self.estimator == "rloo" and self.responses_per_prompt < 2:
+            raise ValueError(
+                f"responses_per_prompt={self.responses_per_prompt} with estimator=rloo: leaving "
+                "one of one out leaves no baseline. Set ppo.responses_per_prompt=4."
+            )
+        left_over = self.rollouts_per_step % self.responses_per_prompt
+        if left_over:
+            fitting = max(self.rollouts_per_step - left_over, self.responses_per_prompt)
+            raise ValueError(
+                f"rollouts_per_step={self.rollouts_per_step} is not a multiple of "
+                f"responses_per_prompt={self.responses_per_prompt}: one prompt would get fewer "
+                f"responses than the others. Try ppo.rollouts_per_step={fitting}."
+            )
+        return self
+
+
+class AuditConfig(Section):
+    """The reward audit that stage 2 starts with."""
+
+    prompts: Positive = 200
+    """Held-out demonstrations looked at, at most."""
+
+
+class EvalConfig(Section):
+    """What is measured after training, and during it."""
+
+    prompts: str | None = None
+    """Source of evaluation rows; null: the held-out demonstrations."""
+    split: str = "test"
+    """Split of that source."""
+    limit: Positive | None = None
+    """Rows used; null: all."""
+    scorer: str | None = None
+    """`python:package.module:function` or `python:path/to/file.py:function`, called as
+    `score(rows, responses, ended) -> {name: [float, ...]}`; null: length, EOS and reward only."""
+    temperatures: list[NonNegativeFloat] = [1.0]
+    """Sampling temperatures; 0 is greedy."""
+    samples_per_prompt: Positive = 1
+    """Responses to each prompt at temperatures above 0."""
+    every: Positive | None = None
+    """Evaluate at temperature 1 every so many PPO steps; null: never."""
+    every_split: str = "validation"
+    """Split used for that, so that no choice made on the curve touches `split`."""
+    every_limit: Positive = 128
+    """Rows used for that."""
+    side_by_side: NonNegative = 24
+    """Prompts whose responses the report shows side by side."""
+
+
+class ControlConfig(Section):
+    """Another way to use the same parts, for comparison: give exactly one of the three."""
+
+    sft: dict[str, Any] | None = None
+    """Stage 1 again with these settings changed, evaluated as it is."""
+    ppo: dict[str, Any] | None = None
+    """Stage 2 again with these settings changed."""
+    extrapolate: PositiveFloat | None = None
+    """No training: base·(sft/base)^lambda per token at decoding time, with this lambda."""
+
+    @model_validator(mode="after")
+    def _one_thing(self) -> ControlConfig:
+        given = [k for k in ("sft", "ppo", "extrapolate") if getattr(self, k) is not None]
+        if len(given) != 1:
+            raise ValueError(f"gives {given or 'nothing'}; exactly one of sft, ppo, extrapolate")
+        return self
+
+
+class Recipe(Section):
+    """One run, whole."""
+
+    name: str
+    """Shown in the report."""
+    output_dir: str
+    """The run directory; `{seed}` is replaced."""
+    seed: NonNegative = 0
+    """Decides every random number of the run."""
+    model: ModelConfig
+    data: DataConfig = DataConfig()
+    sft: SFTConfig = SFTConfig()
+    audit: AuditConfig = AuditConfig()
+    ppo: PPOConfig = PPOConfig()
+    eval: EvalConfig = EvalConfig()
+    controls: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9][\w.@-]*$")], ControlConfig] = {}
+    """Name: control. Each is trained and evaluated beside the run's own models."""
+
+    @model_validator(mode="after")
+    def _possible(self) -> Recipe:
+        if not self.data.demonstrations and not self.model.sft:
+            raise ValueError(
+                "neither data.demonstrations nor model.sft is set: there is nothing to learn the "
+                "reward from. Set one of them."
+            )
+        if not self.data.demonstrations and not self.data.prompts:
+            raise ValueError(
+                "neither data.prompts nor data.demonstrations is set: stage 2 has no prompts. "
+                "Set data.prompts."
+            )
+        for name, control in self.controls.items():
+            if name in ("base", "sft", "policy"):
+                raise ValueError(f"controls.{name}: the name is taken; choose another")
+            for section in ("sft", "ppo"):
+                if changes := getattr(control, section):
+                    kind, merged = self._changed(section, changes)
+                    _validate(kind, merged, prefix=("controls", name, section))
+        return self
+
+    def _changed(self, section: str, changes: dict[str, Any]) -> tuple[type[Section], Any]:
+        settings = getattr(self, section)
+        return type(settings), {**settings.model_dump(), **changes}
+
+    def with_control(self, control: ControlConfig) -> Recipe:
+        """This recipe as the control would run it."""
+        recipe = self
+        for section in ("sft", "ppo"):
+            if changes := getattr(control, section):
+                kind, merged = self._changed(section, changes)
+                recipe = recipe.model_copy(update={section: kind.model_validate(merged)})
+        return recipe
+
+    @property
+    def run_dir(self) -> Path:
+        """`output_dir` with the seed filled in."""
+        return Path(self.output_dir.replace("{seed}", str(self.seed))).expanduser()
+
+
+def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
+    """Read a YAML recipe and apply `key.sub=value` overrides.
+
+    Raises:
+        ConfigError: unreadable file, unknown key, wrong type, impossible combination.
+    """
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
+
+    for item in overrides or []:
+        if "=" not in item or item.startswith("="):
+            raise ConfigError(
+                f"override {item!r} is not of the form key=value: nothing can be set. "
+                "Write, for example, ppo.kl_coef=0.5."
+            )
+    try:
+        tree = OmegaConf.load(path)
+        tree = OmegaConf.merge(tree, OmegaConf.from_dotlist(overrides or []))
+        plain = OmegaConf.to_container(tree, resolve=True)
+    except OSError as e:
+        raise ConfigError(
+            f"recipe {str(path)!r} cannot be read ({e.strerror or e}): nothing to run. "
+            "Give the path of a YAML file; recipes/miniature.yaml is one."
+        ) from e
+    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError, ValueError) as e:
+        raise ConfigError(
+            f"recipe {str(path)!r} is not readable YAML, or an override does not fit it: {e} "
+            "Mend that line; recipes/miniature.yaml shows the form."
+        ) from e
+    if not isinstance(plain, dict):
+        raise ConfigError(
+            f"recipe {str(path)!r} holds no settings. Start from recipes/miniature.yaml."
+        )
+    return parse_recipe(plain)
+
+
+def parse_recipe(tree: dict[Any, Any]) -> Recipe:
+    """Check a nested dictionary of settings.
+
+    Raises:
+        ConfigError: every problem found, one per line.
+    """
+    recipe: Recipe = _validate(Recipe, tree)
+    return recipe
+
+
+def _validate(kind: type[Section], tree: Any, prefix: tuple[str, ...] = ()) -> Any:
+    try:
+        return kind.model_validate(tree)
+    except ValidationError as e:
+        lines = [_explain(kind, error, prefix) for error in e.errors()]
+        raise ConfigError("\n".join(lines)) from e
+
+
+def _explain(kind: type[Section], error: Any, prefix: tuple[str, ...]) -> str:
+    """One pydantic error as: key, value, consequence, cure."""
+    key = ".".join(str(part) for part in (*prefix, *error["loc"])) or "recipe"
+    if error["type"] == "extra_forbidden":
+        known = _known_keys(kind, error["loc"][:-1])
+        near = difflib.get_close_matches(str(error["loc"][-1]), known, n=1)
+        hint = f"Did you mean {near[0]!r}?" if near else f"Known here: {', '.join(known)}."
+        return f"{key}: no such setting; it would have no effect. {hint}"
+    if error["type"] == "missing":
+        return f"{key}: missing, and it has no default. Add it to the recipe."
+    if error["type"] == "value_error":
+        text = str(error["ctx"]["error"])
+        return text if key == "recipe" or key in text else f"{key}: {text}"
+    if error["type"] in ("model_type", "dict_type"):
+        return f"{key}={error['input']!r}: a group of settings, not a value. Set {key}.something."
+    return f"{key}={error['input']!r}: {error['msg'].lower()}. Change it in the recipe."
+
+
+def _known_keys(kind: type[Section], path: tuple[Any, ...]) -> list[str]:
+    for part in path:
+        inner = kind.model_fields[str(part)].annotation if str(part) in kind.model_fields else None
+        kind = inner if isinstance(inner, type) and issubclass(inner, Section) else ControlConfig
+    return list(kind.model_fields)

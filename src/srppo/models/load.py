@@ -1,0 +1,147 @@
+"""Model directories and hub names in, models and tokenizers out; errors that name the cure."""
+
+from __future__ import annotations
+
+import copy
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from srppo.errors import ModelError
+
+# What `from_pretrained` raises for missing, unreadable or foreign files.
+_LOAD_ERRORS = (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError)
+
+
+def resolve(name: str) -> str:
+    """`srppo:miniature` -> the packaged directory; anything else unchanged.
+
+    Raises:
+        ModelError: no such package model, or a local path without a model in it.
+    """
+    if name.startswith("srppo:"):
+        packaged = resources.files("srppo").joinpath(name.removeprefix("srppo:"), "base")
+        if not packaged.is_dir():
+            raise ModelError(
+                f"{name!r} does not come with srppo. The one that does: srppo:miniature."
+            )
+        return str(packaged)
+    path = Path(name).expanduser()
+    looks_local = name.startswith((".", "/", "~")) or name.count("/") != 1
+    if not path.exists():
+        if looks_local:
+            raise ModelError(
+                f"model directory {name!r} does not exist: nothing can be loaded. Give a directory "
+                "with config.json and model.safetensors, or a Hugging Face name (owner/model)."
+            )
+        return name
+    if not (path / "config.json").is_file():
+        raise ModelError(
+            f"{name!r} holds no config.json, so it is not a Hugging Face model directory. "
+            "Give the directory that `save_pretrained` wrote."
+        )
+    return str(path)
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model. Raises ModelError when there is none or it has no EOS."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(resolve(name))
+    except _LOAD_ERRORS as e:
+        raise ModelError(_cannot_load("tokenizer", name, e)) from e
+    if tokenizer.eos_token_id is None:
+        raise ModelError(
+            f"the tokenizer of {name!r} has no EOS token: responses could never end, and the "
+            "reward belongs at EOS. Set `eos_token` in its tokenizer_config.json."
+        )
+    return tokenizer
+
+
+def load_model(name: str, dtype: str = "float32", device: str = "cpu") -> PreTrainedModel:
+    """A causal language model in eval mode (dropout would break PPO's ratio).
+
+    Weights come from safetensors only; a model directory cannot run code.
+
+    Raises:
+        ModelError: missing, unreadable or unsuitable files.
+    """
+    path = resolve(name)
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            path, dtype=getattr(torch, dtype), use_safetensors=True, output_loading_info=True
+        )
+    except _LOAD_ERRORS as e:
+        raise ModelError(_cannot_load("model", name, e)) from e
+    if missing := sorted(info["missing_keys"]):
+        raise ModelError(
+            f"{name!r} lacks {len(missing)} weight(s), {missing[0]} first: they would be random. "
+            "Give a complete causal language model."
+        )
+    return model.to(pick_device(device)).eval()
+
+
+def pick_device(device: str) -> torch.device:
+    """`auto` is CUDA where there is one. Raises ModelError for a device that is not there."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=device)
+        return torch.device(device)
+    except (RuntimeError, AssertionError) as e:
+        first = str(e).splitlines()[0]
+        raise ModelError(
+            f"model.device={device!r} cannot be used ({first}): nothing can run there. "
+            "Set model.device=auto or cpu."
+        ) from e
+
+
+def context_length(name: str) -> int | None:
+    """Longest sequence that the model has positions for, in tokens; None: not stated."""
+    try:
+        config: Any = AutoConfig.from_pretrained(resolve(name))
+    except _LOAD_ERRORS as e:
+        raise ModelError(_cannot_load("configuration", name, e)) from e
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
+
+
+def check_same_tokens(
+    base: PreTrainedTokenizerBase, sft: PreTrainedTokenizerBase, base_name: str, sft_name: str
+) -> None:
+    """The log-ratio compares probabilities of the same ids: the vocabularies must agree.
+
+    Raises:
+        ModelError: naming the first token that differs.
+    """
+    ours, theirs = base.get_vocab(), sft.get_vocab()
+    different = sorted(t for t in ours.keys() | theirs.keys() if ours.get(t) != theirs.get(t))
+    if different:
+        token = different[0]
+        raise ModelError(
+            f"the tokenizers of base {base_name!r} and sft {sft_name!r} differ in "
+            f"{len(different)} token(s): {token!r} is {ours.get(token)} in one and "
+            f"{theirs.get(token)} in the other, so log pi_sft - log pi_base would compare "
+            "different texts. Use an SFT model that was trained from this base."
+        )
+    if base.eos_token_id != sft.eos_token_id:
+        raise ModelError(
+            f"EOS is {base.eos_token!r} in base {base_name!r} and {sft.eos_token!r} in sft "
+            f"{sft_name!r}: responses would end at different tokens. Give both the same eos_token."
+        )
+
+
+def frozen_copy(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy that takes no gradients."""
+    return copy.deepcopy(model).requires_grad_(False)
+
+
+def _cannot_load(what: str, name: str, error: BaseException) -> str:
+    lines = [line for line in str(error).splitlines() if line.strip()] or [repr(error)]
+    return (
+        f"the {what} of {name!r} cannot be loaded: {lines[0].strip()} "
+        "Give a complete Hugging Face model directory, or a hub name that this machine can reach."
+    )

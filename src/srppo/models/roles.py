@@ -1,0 +1,30 @@
+"""The four roles of stage 2 and how they come to be."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from transformers import PreTrainedModel
+
+from srppo.models.load import frozen_copy
+from srppo.models.value_head import ValueModel
+
+
+@dataclass
+class Roles:
+    """Who is who. `base` and `sft` are frozen; `policy` starts as a copy of `sft`."""
+
+    base: PreTrainedModel
+    sft: PreTrainedModel
+    policy: PreTrainedModel
+    critic: ValueModel | None = None
+
+    @staticmethod
+    def begin(base: PreTrainedModel, sft: PreTrainedModel, critic: bool) -> Roles:
+        """The roles at the start of stage 2."""
+        return Roles(
+            base=base.requires_grad_(False),
+            sft=sft.requires_grad_(False),
+            policy=frozen_copy(sft).requires_grad_(True),
+            critic=ValueModel(sft) if critic else None,
+        )

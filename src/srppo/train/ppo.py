@@ -1,0 +1,347 @@
+"""Stage 2: PPO on the reward that the two models already contain. `train_ppo` is the algorithm."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.utils import clip_grad_norm_
+from torch.optim import AdamW
+
+from srppo.algo.advantage import gae, leave_one_out
+from srppo.algo.kl import k1, k3
+from srppo.algo.loss import (
+    clip_fraction,
+    clipped_policy_loss,
+    clipped_value_loss,
+    explained_variance,
+)
+from srppo.algo.masking import masked_mean, masked_sum, whiten
+from srppo.algo.reward import last_token, token_log_ratios, token_rewards
+from srppo.config import PPOConfig
+from srppo.errors import DataError
+from srppo.models.batching import Sequences, microbatches
+from srppo.models.roles import Roles
+from srppo.models.scoring import batch_logprobs, score
+from srppo.models.value_head import values_of
+from srppo.progress import Reporter
+from srppo.rollout.sampler import Rollout, Sampler
+from srppo.train.metrics import MetricsLog
+
+Metrics = dict[str, float]
+Evaluate = Callable[[], Metrics]
+"""Measures the policy as it is now, without touching its state or the run's random numbers."""
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What the models say about one rollout; each (N, T) float32, zero at padding."""
+
+    policy: Tensor
+    """log pi_theta before this step's update, nats."""
+    sft: Tensor
+    """log pi_sft, nats: serves the reward and, with kl_ref=sft, the KL term."""
+    base: Tensor
+    """log pi_base, nats."""
+    values: Tensor
+    """V of each prefix, nats; zero without a critic."""
+
+
+def train_ppo(
+    roles: Roles,
+    sampler: Sampler,
+    prompts: list[list[int]],
+    config: PPOConfig,
+    *,
+    seed: int,
+    log: MetricsLog,
+    reporter: Reporter,
+    evaluate: Evaluate | None = None,
+    evaluate_every: int | None = None,
+    title: str = "PPO",
+) -> str | None:
+    """Maximise E_x E_{y~pi_theta}[ r(x,y) - kl_coef log(pi_theta/pi_ref) ]; trains roles.policy.
+
+    Args:
+        sampler: samples from `roles.policy` as it is at the time of the call.
+        prompts: token ids; drawn without replacement, shuffled anew when used up.
+        evaluate: called before the first, after the last and after every `evaluate_every`-th step.
+
+    Returns:
+        Why training stopped early, or None.
+
+    Source: arXiv:2510.21090, stage 2; docs/math.md.
+    """
+    if not prompts:
+        raise DataError("stage 2 has no prompts: nothing would be trained. Set data.prompts.")
+    per_step = config.rollouts_per_step // config.responses_per_prompt
+    steps = config.steps or math.ceil(len(prompts) / per_step)
+    total = steps + (config.value_warmup_steps if roles.critic else 0)
+    optimizers = Optimizers(roles, config)
+    with reporter.bar(title, total, "steps") as advance:
+        for step in range(1, total + 1):
+            warming_up = step <= total - steps
+            optimizers.set_progress((step - 1 - (total - steps)) / steps)
+            started = time.monotonic()
+            batch = prompt_batch(prompts, per_step, step, seed)
+            batch = [x for x in batch for _ in range(config.responses_per_prompt)]
+
+            rollout = sampler.sample(batch, _seed(seed, "rollout", step))
+            sampled = time.monotonic()
+            scores = score_rollout(roles, rollout, config)
+            rewards = rewards_of(rollout, scores, config)
+            advantages, returns = advantages_of(rewards, scores, rollout, config)
+            metrics = describe(rollout, scores, rewards, returns, config)
+            scored = time.monotonic()
+
+            if metrics["kl_ref"] > config.max_kl:
+                log.log(step, metrics)
+                return (
+                    f"KL to {config.kl_ref} is {metrics['kl_ref']:.1f} nats a response at step "
+                    f"{step}, above ppo.max_kl={config.max_kl}: stopped, policy kept as it is."
+                )
+            metrics |= update(
+                roles, rollout, scores, advantages, returns, optimizers, config,
+                seed=_seed(seed, "minibatches", step), policy_too=not warming_up,
+            )  # fmt: skip
+
+            updated = time.monotonic()
+            if evaluate and (step == total or (evaluate_every and step % evaluate_every == 0)):
+                metrics |= evaluate()
+            tokens = float(rollout.sequences.mask.sum())
+            metrics |= {
+                "time/rollout": sampled - started,
+                "time/scoring": scored - sampled,
+                "time/update": updated - scored,
+                "time/tokens_per_second": tokens / (updated - started),
+            }
+            log.log(step, metrics)
+            reporter.line(headline(title, step, total, metrics))
+            advance(1)
+    return None
+
+
+def prompt_batch(prompts: list[list[int]], n: int, step: int, seed: int) -> list[list[int]]:
+    """x ~ D: the `step`-th n prompts of an endless sequence of shuffled passes."""
+    chosen = []
+    for i in range((step - 1) * n, step * n):
+        epoch, place = divmod(i, len(prompts))
+        if place == 0 or i == (step - 1) * n:
+            order = torch.randperm(len(prompts), generator=_generator(_seed(seed, "data", epoch)))
+        chosen.append(prompts[int(order[place])])
+    return chosen
+
+
+def score_rollout(roles: Roles, rollout: Rollout, config: PPOConfig) -> Scores:
+    """Two frozen passes (sft, base), the policy's own log-probabilities and the values."""
+    y, budget = rollout.sequences, config.max_tokens_per_batch
+    return Scores(
+        policy=score(roles.policy, y, budget),
+        sft=score(roles.sft, y, budget),
+        base=score(roles.base, y, budget),
+        values=values_of(roles.critic, y, budget) if roles.critic else torch.zeros(y.mask.shape),
+    )
+
+
+def rewards_of(rollout: Rollout, scores: Scores, config: PPOConfig) -> Tensor:
+    """(N, T) nats: credit for log pi_sft - log pi_base, minus kl_coef log(pi_theta/pi_ref)."""
+    mask = rollout.sequences.mask
+    ratios = token_log_ratios(scores.sft, scores.base, mask, config.token_clip)
+    if config.reward == "mean":
+        ratios = ratios / rollout.sequences.lengths[:, None]
+    ref = scores.sft if config.kl_ref == "sft" else scores.base
+    rewards = token_rewards(ratios, scores.policy, ref, mask, config.kl_coef, config.credit)
+    if config.missing_eos_penalty:
+        cut_off = (~rollout.ended).nonzero().squeeze(1)
+        rewards[cut_off, last_token(mask)[cut_off]] -= config.missing_eos_penalty
+    return rewards
+
+
+def advantages_of(
+    rewards: Tensor, scores: Scores, rollout: Rollout, config: PPOConfig
+) -> tuple[Tensor, Tensor]:
+    """Advantages and returns, both (N, T); whitening is over the whole rollout."""
+    mask = rollout.sequences.mask
+    if config.estimator == "rloo":
+        whole = masked_sum(rewards, mask, dim=1)
+        returns = torch.where(mask, whole[:, None], 0.0)
+        advantages = leave_one_out(whole, config.responses_per_prompt)[:, None] * mask
+    else:
+        advantages, returns = gae(rewards, scores.values, mask, config.gamma, config.gae_lambda)
+    return (whiten(advantages, mask) if config.whiten_advantages else advantages), returns
+
+
+class Optimizers:
+    """AdamW for the policy and one for the critic, with a common schedule."""
+
+    def __init__(self, roles: Roles, config: PPOConfig) -> None:
+        self.schedule = config.lr_schedule
+        self.policy = AdamW(roles.policy.parameters(), config.learning_rate, weight_decay=0.0)
+        self.critic = (
+            AdamW(roles.critic.parameters(), config.value_learning_rate, weight_decay=0.0)
+            if roles.critic
+            else None
+        )
+        self.all = [o for o in (self.policy, self.critic) if o is not None]
+        self.peaks = [o.param_groups[0]["lr"] for o in self.all]
+
+    def set_progress(self, done: float) -> None:
+        """`done`: the share of the policy's steps that lies behind; negative during warm-up."""
+        done = max(0.0, done)
+        factor = {
+            "constant": 1.0,
+            "linear": 1.0 - done,
+            "cosine": 0.5 * (1.0 + math.cos(math.pi * done)),
+        }[self.schedule]
+        for optimizer, peak in zip(self.all, self.peaks, strict=True):
+            optimizer.param_groups[0]["lr"] = factor * peak
+
+
+def update(
+    roles: Roles,
+    rollout: Rollout,
+    scores: Scores,
+    advantages: Tensor,
+    returns: Tensor,
+    optimizers: Optimizers,
+    config: PPOConfig,
+    *,
+    seed: int,
+    policy_too: bool = True,
+) -> Metrics:
+    """`epochs` passes over the rollout in shuffled minibatches, the remainder included.
+
+    Each minibatch's loss is the mean over its response tokens, whatever the microbatches.
+    """
+    y = rollout.sequences
+    value_clip = config.value_clip * float(returns[y.mask].std(correction=0))
+    generator = _generator(seed)
+    totals: dict[str, list[float]] = {}
+    for _ in range(config.epochs):
+        for rows in torch.randperm(len(y), generator=generator).split(config.minibatch_size):
+            stats = _minibatch(roles, y, rows, scores, advantages, returns, value_clip, config)
+            if not policy_too:
+                optimizers.policy.zero_grad(set_to_none=True)
+            over = stats["update_kl"] > (config.update_kl_limit or math.inf)
+            if policy_too and not over:
+                stats["grad_norm"] = _step(optimizers.policy, config.max_grad_norm)
+            if optimizers.critic:
+                stats["value_grad_norm"] = _step(optimizers.critic, config.max_grad_norm)
+            for key, value in stats.items():
+                totals.setdefault(key, []).append(value)
+            if over:
+                optimizers.policy.zero_grad(set_to_none=True)
+                policy_too = False
+    means = {key: sum(values) / len(values) for key, values in totals.items()}
+    return {**means, "learning_rate": float(optimizers.policy.param_groups[0]["lr"])}
+
+
+def _minibatch(
+    roles: Roles,
+    y: Sequences,
+    rows: Tensor,
+    scores: Scores,
+    advantages: Tensor,
+    returns: Tensor,
+    value_clip: float,
+    config: PPOConfig,
+) -> Metrics:
+    """Accumulate the gradients of one minibatch; statistics are means over its tokens."""
+    n_tokens = int(y.mask[rows].sum())
+    stats = {"policy_loss": 0.0, "clip_fraction": 0.0, "update_kl": 0.0}
+    for batch in microbatches(y, rows, config.max_tokens_per_batch, roles.policy.device):
+        T, mask = batch.mask.shape[1], batch.mask
+        share = float(mask.sum()) / n_tokens
+        old, adv, ret, val = (
+            x[batch.rows, :T].to(mask.device)
+            for x in (scores.policy, advantages, returns, scores.values)
+        )
+        new = batch_logprobs(roles.policy, batch)
+        loss = masked_sum(clipped_policy_loss(new, old, adv, config.clip), mask) / n_tokens
+        loss.backward()
+        new = new.detach()
+        stats["policy_loss"] += float(loss.detach())
+        stats["clip_fraction"] += share * float(clip_fraction(new, old, mask, config.clip))
+        stats["update_kl"] += share * float(masked_mean(k3(old, new), mask))
+        if roles.critic:
+            values = roles.critic(batch)
+            value_loss = masked_sum(clipped_value_loss(values, val, ret, value_clip), mask)
+            (value_loss / n_tokens).backward()
+            stats["value_loss"] = stats.get("value_loss", 0.0) + float(value_loss.detach()) / n_tokens
+    return stats
+
+
+def _step(optimizer: AdamW, max_grad_norm: float) -> float:
+    """Clip, step, clear; returns the gradient's norm before clipping."""
+    norm = clip_grad_norm_(optimizer.param_groups[0]["params"], max_grad_norm)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return float(norm)
+
+
+def describe(
+    rollout: Rollout, scores: Scores, rewards: Tensor, returns: Tensor, config: PPOConfig
+) -> Metrics:
+    """The step's metrics that need no update; docs/metrics.md defines each."""
+    y, mask = rollout.sequences, rollout.sequences.mask
+    reward = masked_sum(token_log_ratios(scores.sft, scores.base, mask, config.token_clip), mask, 1)
+    if config.reward == "mean":
+        reward = reward / y.lengths
+    kl_sft = masked_sum(k1(scores.policy, scores.sft), mask, 1)
+    kl_base = masked_sum(k1(scores.policy, scores.base), mask, 1)
+    kl_ref = kl_sft if config.kl_ref == "sft" else kl_base
+    metrics = {
+        "reward": reward.mean(),
+        "reward_std": reward.std(correction=0),
+        "objective": (reward - config.kl_coef * kl_ref).mean(),
+        "kl_ref": kl_ref.mean(),
+        "kl_sft": kl_sft.mean(),
+        "kl_base": kl_base.mean(),
+        "response_length": y.lengths.float().mean(),
+        "eos_rate": rollout.ended.float().mean(),
+        "entropy": -masked_mean(scores.policy, mask),
+        "length_reward_corr": correlation(y.lengths.float(), reward),
+        "sampler_logprob_diff": masked_mean((rollout.logprobs - scores.policy).abs(), mask),
+    }
+    if config.token_clip is not None:
+        bounded = (scores.sft - scores.base).abs() > config.token_clip
+        metrics["saturated_fraction"] = masked_mean(bounded.float(), mask)
+    if config.estimator == "ppo":
+        metrics["value_explained_variance"] = explained_variance(scores.values, returns, mask)
+    return {key: float(value) for key, value in metrics.items()}
+
+
+def correlation(a: Tensor, b: Tensor) -> Tensor:
+    """Pearson's correlation of two (N,) tensors; 0 where one of them does not vary."""
+    a, b = a - a.mean(), b - b.mean()
+    scale = a.norm() * b.norm()
+    return (a * b).sum() / scale if scale > 0 else torch.tensor(0.0)
+
+
+def headline(title: str, step: int, total: int, metrics: Metrics) -> str:
+    """One line per step."""
+    parts = [
+        f"{title} step {step}/{total}",
+        f"reward {metrics['reward']:.2f}",
+        f"J {metrics['objective']:.2f}",
+        f"KL(sft) {metrics['kl_sft']:.2f} nats",
+        f"length {metrics['response_length']:.1f}",
+        f"EOS {metrics['eos_rate']:.0%}",
+        f"{metrics['time/tokens_per_second']:.0f} tokens/s",
+    ]
+    parts += [f"{k.removeprefix('eval/')} {v:.2f}" for k, v in metrics.items() if k[:5] == "eval/"]
+    return "  ".join(parts)
+
+
+def _seed(seed: int, purpose: str, index: int) -> int:
+    """Independent streams for each purpose and step, from the run's seed alone."""
+    streams = {"data": 1, "rollout": 2, "minibatches": 3}
+    return (seed * 1_000_003 + streams[purpose]) * 1_000_003 + index
+
+
+def _generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed % 2**63)
