@@ -1,1 +1,33 @@
-"""srppo: align a language model from demonstrations alone (Self-Rewarding PPO)."""
+"""srppo: align a language model from demonstrations alone (Self-Rewarding PPO).
+
+import srppo
+run = srppo.start("recipes/miniature.yaml", "ppo.kl_coef=0.5")
+run.all()                      # or run.sft(), run.audit(), run.ppo(), run.evaluate(), run.report()
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from srppo.pipeline import Run
+
+__version__ = "0.1.0"
+__all__ = ["__version__", "start"]
+
+
+def start(recipe: str | Path, *overrides: str) -> Run:
+    """Read a recipe and its data, and open its run directory; the stages are methods of the result.
+
+    Args:
+        recipe: path of a YAML file.
+        overrides: `key.sub=value`, each on top of the recipe.
+
+    Raises:
+        SrppoError: whatever can be known to fail before anything is trained.
+    """
+    from srppo.config import load_recipe  # late: `import srppo` stays free of torch
+    from srppo.pipeline import Run
+
+    return Run(load_recipe(recipe, list(overrides)), source=str(recipe))

@@ -11,7 +11,7 @@ import math
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from srppo.errors import ConfigError
 
@@ -246,7 +246,12 @@ class Recipe(Section):
     ppo: PPOConfig = PPOConfig()
     eval: EvalConfig = EvalConfig()
     controls: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9][\w.@-]*$")], ControlConfig] = {}
-    """Name: control. Each is trained and evaluated beside the run's own models."""
+    """Name: control. Each is trained and evaluated beside the run's own models; null: none."""
+
+    @field_validator("controls", mode="before")
+    @classmethod
+    def _none(cls, value: Any) -> Any:
+        return {} if value is None else value
 
     @model_validator(mode="after")
     def _possible(self) -> Recipe:

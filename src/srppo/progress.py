@@ -96,5 +96,6 @@ class Reporter:
 
 
 def stdout() -> Console:
-    """Where results go."""
-    return Console(file=sys.stdout, highlight=False, soft_wrap=True)
+    """Where results go; wide enough for a table when it is a file or a pipe."""
+    console = Console(file=sys.stdout, highlight=False)
+    return console if console.is_terminal else Console(file=sys.stdout, highlight=False, width=120)

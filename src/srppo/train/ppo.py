@@ -261,7 +261,7 @@ def _minibatch(
             for x in (scores.policy, advantages, returns, scores.values)
         )
         new = batch_logprobs(roles.policy, batch)
-        loss = masked_sum(clipped_policy_loss(new, old, adv, config.clip), mask) / n_tokens
+        loss = masked_sum(clipped_policy_loss(new, old, adv, config.clip, mask), mask) / n_tokens
         loss.backward()
         new = new.detach()
         stats["policy_loss"] += float(loss.detach())
@@ -269,9 +269,11 @@ def _minibatch(
         stats["update_kl"] += share * float(masked_mean(k3(old, new), mask))
         if roles.critic:
             values = roles.critic(batch)
-            value_loss = masked_sum(clipped_value_loss(values, val, ret, value_clip), mask)
+            value_loss = masked_sum(clipped_value_loss(values, val, ret, value_clip, mask), mask)
             (value_loss / n_tokens).backward()
-            stats["value_loss"] = stats.get("value_loss", 0.0) + float(value_loss.detach()) / n_tokens
+            stats["value_loss"] = (
+                stats.get("value_loss", 0.0) + float(value_loss.detach()) / n_tokens
+            )
     return stats
 
 

@@ -1,0 +1,5 @@
+"""`python -m srppo`."""
+
+from srppo.cli import main
+
+main()

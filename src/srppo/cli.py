@@ -1,0 +1,110 @@
+"""The command line: parse, call one function, turn errors into messages."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from srppo.errors import SrppoError
+
+if TYPE_CHECKING:
+    from srppo.pipeline import Run
+
+app = typer.Typer(
+    name="srppo",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Align a language model from demonstrations alone, with Self-Rewarding PPO.",
+    epilog="Exit codes: 0 done, 2 unusable input (the message says why), 130 interrupted.",
+)
+
+RecipePath = Annotated[
+    str, typer.Argument(metavar="RECIPE", help="YAML file; recipes/miniature.yaml is one.")
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]...", help="Settings on top of the recipe: ppo.kl_coef=0.5"),
+]
+RunDirs = Annotated[list[Path], typer.Argument(metavar="RUN_DIR...", help="Finished runs.")]
+
+
+@app.command()
+def run(recipe: RecipePath, overrides: Overrides = None) -> None:
+    """Both stages, evaluation and report."""
+    from srppo.progress import stdout
+    from srppo.report.terminal import result_table
+
+    this = _start(recipe, overrides)
+    results = this.all()
+    if results["rows"]:
+        stdout().print(result_table(results))
+    stdout().print(f"Model:  {this.dir.path / 'policy'}\nReport: {this.dir.path / 'report.html'}")
+
+
+@app.command()
+def sft(recipe: RecipePath, overrides: Overrides = None) -> None:
+    """Stage 1 alone: fine-tune the base model on the demonstrations."""
+    typer.echo(f"Model: {_start(recipe, overrides).sft()}")
+
+
+@app.command()
+def audit(recipe: RecipePath, overrides: Overrides = None) -> None:
+    """Is the reward worth climbing? Needs stage 1, or model.sft=DIR."""
+    this = _start(recipe, overrides)
+    findings = this.audit()
+    report = this.report()
+    warnings = findings["warnings"] if findings else []
+    for warning in warnings:
+        typer.echo(f"WARNING: {warning}")
+    typer.echo(f"{len(warnings)} warning(s). Report: {report}")
+
+
+@app.command()
+def ppo(recipe: RecipePath, overrides: Overrides = None) -> None:
+    """Stage 2 alone: audit, then PPO. Needs stage 1, or model.sft=DIR."""
+    this = _start(recipe, overrides)
+    model = this.ppo()
+    typer.echo(f"Model:  {model}\nReport: {this.report()}")
+
+
+@app.command()
+def report(
+    run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="A run directory.")],
+) -> None:
+    """Write RUN_DIR/report.html anew."""
+    from srppo.report import build
+
+    typer.echo(f"Report: {build(run_dir)}")
+
+
+@app.command()
+def summary(run_dirs: RunDirs) -> None:
+    """Means and 95% intervals over runs of one recipe with different seeds, as Markdown."""
+    from srppo.report.summary import summarise
+
+    typer.echo(summarise(run_dirs), nl=False)
+
+
+def _start(recipe: str, overrides: list[str] | None) -> Run:
+    import srppo
+
+    return srppo.start(recipe, *(overrides or []))
+
+
+def main() -> None:
+    """Entry point. Errors that a user can meet end with exit code 2 and no traceback."""
+    try:
+        app()
+    except SrppoError as e:
+        typer.echo(f"error: {e}", err=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        typer.echo("interrupted", err=True)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,185 @@
+"""From a conversation to token ids: the same ids in stage 1, in the reward and in the rollouts.
+
+What is guaranteed about control tokens (BOS, EOS, `<|im_end|>`: the tokenizer's special tokens):
+they come from the template and from `encode`'s closing EOS alone. Their strings in the text of a
+turn are encoded as ordinary text; where the tokenizer can spell one with control tokens only, the
+row is refused. Not guaranteed:
+
+- Role markers that are ordinary text to the tokenizer, such as `<|user|>` of the default template,
+  cannot be told from the same words in a turn.
+- A turn that holds such a string is encoded in pieces, cut at the template's control tokens. A
+  tokenizer that puts a space before any text may put one at each cut.
+- A normalizer that turns other text of a *prompt* into a control token is not found out.
+"""
+
+import re
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import jinja2
+
+from srppo.data.schemas import Message, RowError
+from srppo.errors import ModelError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+DEFAULT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ '<|' + message['role'] + '|>\n' + message['content'] }}"
+    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}"
+    "{{ '\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
+)
+"""TULU's format: a marker line with the role, then the content; EOS closes each assistant turn."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """A demonstration as token ids."""
+
+    prompt_ids: list[int]
+    response_ids: list[int]
+    """Ends with EOS, its only one; a truncated response has none, for the model did not end."""
+    meta: dict[str, str | int | float | bool] = field(default_factory=dict)
+    """The row's other scalar columns: group, answer, ..."""
+
+
+def apply_template(tokenizer: "PreTrainedTokenizerBase") -> None:
+    """Give a tokenizer without chat template the default one, so that checkpoints carry it.
+
+    Where the tokenizer itself begins plain text with BOS, the template begins with BOS too.
+    """
+    if tokenizer.chat_template is not None:
+        return
+    bos = tokenizer.bos_token_id
+    adds_bos = bos is not None and tokenizer("a")["input_ids"][:1] == [bos]
+    tokenizer.chat_template = ("{{ bos_token }}" if adds_bos else "") + DEFAULT_TEMPLATE
+
+
+def prompt_text(tokenizer: "PreTrainedTokenizerBase", messages: list[Message]) -> str:
+    """The prompt as the model reads it: the template filled in, up to where the response starts.
+
+    Raises:
+        ModelError: the tokenizer has no chat template.
+        RowError: the template refuses the conversation.
+    """
+    if tokenizer.chat_template is None:
+        raise ModelError(
+            f"The tokenizer {tokenizer.name_or_path!r} has no chat template, so a conversation "
+            "cannot become text. Call apply_template(tokenizer) first."
+        )
+    try:
+        return str(
+            tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        )
+    except jinja2.TemplateError as error:
+        raise RowError(f"refused by the chat template ({error})") from error
+
+
+def prompt_ids(tokenizer: "PreTrainedTokenizerBase", messages: list[Message]) -> list[int]:
+    """Ids of `prompt_text`; nothing is added to what the template says, so BOS never doubles.
+
+    Raises: as `prompt_text`; RowError where text can only be spelt with control tokens.
+    """
+    return _encode(tokenizer, messages, "")
+
+
+def encode(tokenizer: "PreTrainedTokenizerBase", messages: list[Message], response: str) -> Example:
+    """Ids of a prompt and its response, closed by one EOS (`tokenizer.eos_token_id`).
+
+    Prompt and response are encoded in one pass. Where a merge over their boundary would change the
+    prompt, the response is encoded by itself: `prompt_ids` stay what rollouts start from.
+
+    Raises:
+        ModelError: the tokenizer has no EOS token, or no chat template.
+        RowError: the template refuses the conversation, or text needs control tokens.
+    """
+    require_eos(tokenizer)
+    prompt = prompt_ids(tokenizer, messages)
+    both = _encode(tokenizer, messages, response)
+    one_pass = both[: len(prompt)] == prompt
+    ids = both[len(prompt) :] if one_pass else _encode_alone(tokenizer, response)
+    _require_no_control(tokenizer, ids)
+    return Example(prompt, [*ids, tokenizer.eos_token_id])
+
+
+def require_eos(tokenizer: "PreTrainedTokenizerBase") -> None:
+    """Raise ModelError where the tokenizer has no EOS token."""
+    if tokenizer.eos_token_id is None:
+        raise ModelError(
+            f"The tokenizer {tokenizer.name_or_path!r} has no EOS token, so a response could never "
+            "end and the reward would have no last token. Set tokenizer.eos_token to a token of "
+            "its vocabulary and save it with the model."
+        )
+
+
+def _encode(
+    tokenizer: "PreTrainedTokenizerBase", messages: list[Message], response: str
+) -> list[int]:
+    """Ids of the filled-in template and the response after it, text kept free of control tokens.
+
+    Control strings within the text are swapped for characters that occur nowhere, the template is
+    filled in, and what lies between the control tokens of the template is encoded as plain text.
+    """
+    control = _control_tokens(tokenizer)
+    pattern = "|".join(re.escape(c) for c in sorted(control, key=len, reverse=True)) or r"(?!)"
+    texts = [*(message["content"] for message in messages), response]
+    found = sorted({string for text in texts for string in re.findall(pattern, text)})
+    if not found:
+        return _ids(tokenizer, prompt_text(tokenizer, messages) + response)
+
+    stand_ins = dict(zip(found, _unused_characters("".join(texts), len(found)), strict=True))
+
+    def hide(text: str) -> str:
+        return re.sub(pattern, lambda match: stand_ins[match[0]], text)
+
+    hidden = [message | {"content": hide(message["content"])} for message in messages]
+    ids: list[int] = []
+    for piece in re.split(f"({pattern})", prompt_text(tokenizer, hidden) + hide(response)):
+        if piece in control:
+            ids.append(control[piece])
+            continue
+        for string, stand_in in stand_ins.items():
+            piece = piece.replace(stand_in, string)
+        plain = _ids(tokenizer, piece, split_special_tokens=True) if piece else []
+        _require_no_control(tokenizer, plain)
+        ids += plain
+    return ids
+
+
+def _encode_alone(tokenizer: "PreTrainedTokenizerBase", response: str) -> list[int]:
+    """Ids of a response by itself, without the space that some tokenizers put before any text.
+
+    An anchor takes that space; it is dropped again where it stayed a token of its own.
+    """
+    for anchor in ("\n", "a"):
+        head = _ids(tokenizer, anchor, split_special_tokens=True)
+        ids = _ids(tokenizer, anchor + response, split_special_tokens=True)
+        if ids[: len(head)] == head:
+            return ids[len(head) :]
+    return _ids(tokenizer, response, split_special_tokens=True)
+
+
+def _ids(tokenizer: "PreTrainedTokenizerBase", text: str, **options: Any) -> list[int]:
+    return list(tokenizer(text, add_special_tokens=False, verbose=False, **options)["input_ids"])
+
+
+def _control_tokens(tokenizer: "PreTrainedTokenizerBase") -> dict[str, int]:
+    """Id of each special token, by its string."""
+    added = {t.content: i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
+    return added | dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
+
+
+def _require_no_control(tokenizer: "PreTrainedTokenizerBase", ids: list[int]) -> None:
+    """RowError where plain text became a control token; unk counts as one only if it is EOS."""
+    allowed = {tokenizer.unk_token_id} - {tokenizer.eos_token_id}
+    if (set(_control_tokens(tokenizer).values()) - allowed) & set(ids):
+        raise RowError("text that the tokenizer can only spell with control tokens")
+
+
+def _unused_characters(text: str, count: int) -> list[str]:
+    """`count` private-use characters that do not occur in `text`."""
+    free = (chr(code) for code in range(0xF0000, 0xFFFFE) if chr(code) not in text)
+    return [next(free) for _ in range(count)]

@@ -1,0 +1,91 @@
+"""All that a run reads before it trains: demonstrations, prompts, evaluation rows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from srppo.config import Recipe
+from srppo.data.chat import Example
+from srppo.data.demonstrations import load_demonstrations
+from srppo.data.prompts import Prompt, load_prompts
+
+
+@dataclass(frozen=True)
+class Data:
+    """Everything that is read before training."""
+
+    train: list[Example]
+    held_out: list[Example]
+    prompts: list[Prompt]
+    eval_prompts: list[Prompt]
+    curve_prompts: list[Prompt]
+    reports: dict[str, Any] = field(default_factory=dict)
+
+
+def read_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Data:
+    """Demonstrations, prompts and evaluation rows, with the counts of what was dropped."""
+    settings, seed = recipe.data, recipe.seed
+    reports: dict[str, Any] = {}
+    train: list[Example] = []
+    held_out: list[Example] = []
+    if settings.demonstrations:
+        limit = settings.demonstrations_limit
+        examples, report = load_demonstrations(
+            settings.demonstrations,
+            tokenizer,
+            max_prompt_tokens=settings.max_prompt_tokens,
+            max_response_tokens=settings.max_response_tokens,
+            limit=limit and limit + settings.held_out,
+            seed=seed,
+            split=settings.split,
+        )
+        n = len(examples)
+        kept_out = min(settings.held_out, max(n - (limit or n), n // 10))
+        train, held_out = examples[: n - kept_out][:limit], examples[n - kept_out :]
+        reports["demonstrations"] = report.to_json()
+    if settings.prompts:
+        prompts, report = load_prompts(
+            settings.prompts,
+            tokenizer,
+            max_prompt_tokens=settings.max_prompt_tokens,
+            limit=settings.prompts_limit,
+            seed=seed,
+            split=settings.split,
+            skip=settings.prompts_skip,
+        )
+        reports["prompts"] = report.to_json()
+    else:
+        prompts = _prompts_of(train, tokenizer)[settings.prompts_skip :][: settings.prompts_limit]
+    eval_prompts = _prompts_of(held_out, tokenizer)
+    curve_prompts = eval_prompts[: recipe.eval.every_limit]
+    if recipe.eval.prompts:
+        splits = {"eval": (recipe.eval.split, recipe.eval.limit)}
+        if recipe.eval.every:
+            splits["curve"] = (recipe.eval.every_split, recipe.eval.every_limit)
+        loaded = {}
+        for role, (split, limit) in splits.items():
+            loaded[role], report = load_prompts(
+                recipe.eval.prompts,
+                tokenizer,
+                max_prompt_tokens=settings.max_prompt_tokens,
+                limit=limit,
+                seed=0,  # the same rows whatever the run's seed
+                split=split,
+            )
+            reports[role] = report.to_json()
+        eval_prompts, curve_prompts = loaded["eval"], loaded.get("curve", [])
+    else:
+        eval_prompts = eval_prompts[: recipe.eval.limit]
+    seen = {tuple(e.prompt_ids) for e in train}
+    reports["overlap"] = {"exact": sum(tuple(p.ids) in seen for p in prompts), "of": len(prompts)}
+    return Data(train, held_out, prompts, eval_prompts, curve_prompts, reports)
+
+
+def _prompts_of(examples: list[Example], tokenizer: PreTrainedTokenizerBase) -> list[Prompt]:
+    return [
+        Prompt(e.prompt_ids, tokenizer.decode(e.prompt_ids, skip_special_tokens=True), e.meta)
+        for e in examples
+    ]

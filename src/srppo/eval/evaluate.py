@@ -1,0 +1,196 @@
+"""Measure a model on prompts: score, length, EOS rate and reward of its responses."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from srppo.algo.masking import masked_sum
+from srppo.data.chat import Example
+from srppo.data.prompts import Prompt
+from srppo.errors import ConfigError
+from srppo.models.batching import Sequences
+from srppo.models.scoring import score
+from srppo.rollout.hf import HFSampler, Progress
+from srppo.rollout.sampler import Rollout
+
+Row = dict[str, Any]
+Scorer = Callable[[list[Row], list[str], list[bool]], dict[str, list[float]]]
+"""score(rows, responses, ended) -> {name: one number a response}"""
+
+
+@dataclass(frozen=True)
+class Evaluator:
+    """Fixed prompts, a fixed seed and a scorer: measures one model after another, alike."""
+
+    tokenizer: PreTrainedTokenizerBase
+    prompts: list[Prompt]
+    max_new_tokens: int
+    seed: int
+    base: PreTrainedModel
+    sft: PreTrainedModel
+    max_tokens_per_batch: int
+    scorer: Scorer | None = None
+
+    @property
+    def groups(self) -> list[str]:
+        """Names of the prompts' groups, sorted; `all` if they have none."""
+        return sorted({_group(p) for p in self.prompts})
+
+    def sampler(
+        self, model: PreTrainedModel, base: PreTrainedModel | None = None, lam: float = 1.0
+    ) -> HFSampler:
+        """Samples from `model`, or from base·(model/base)^lam."""
+        return HFSampler(
+            model,
+            eos_token_id=self.tokenizer.eos_token_id,
+            max_new_tokens=self.max_new_tokens,
+            base=base,
+            lam=lam,
+        )
+
+    def measure(
+        self,
+        sampler: HFSampler,
+        temperature: float,
+        samples: int = 1,
+        progress: Progress = lambda n: None,
+    ) -> list[Row]:
+        """One row a group: n prompts, mean scores, response length, EOS rate, reward in nats.
+
+        `n` counts prompts, not samples: several samples of one prompt are not independent.
+        """
+        samples = 1 if temperature == 0 else samples
+        prompts = [p for p in self.prompts for _ in range(samples)]
+        rollout = sampler.sample([p.ids for p in prompts], self.seed, temperature, progress)
+        columns = self.columns(prompts, rollout)
+        rows = []
+        for group in self.groups:
+            members = torch.tensor([_group(p) == group for p in prompts])
+            means = {k: float(v[members].mean()) for k, v in columns.items()}
+            rows.append(
+                {
+                    "group": group,
+                    "n": int(members.sum()) // samples,
+                    "scores": {k[6:]: v for k, v in means.items() if k.startswith("score/")},
+                    **{k: v for k, v in means.items() if not k.startswith("score/")},
+                }
+            )
+        return rows
+
+    def columns(self, prompts: list[Prompt], rollout: Rollout) -> dict[str, torch.Tensor]:
+        """One (N,) tensor for everything measured on each response."""
+        y = rollout.sequences
+        texts = decode(self.tokenizer, y)
+        reward = masked_sum(self.log_ratios(y), y.mask, dim=1)
+        columns = {
+            "response_length": y.lengths.float(),
+            "eos_rate": rollout.ended.float(),
+            "reward": reward,
+        }
+        if self.scorer:
+            rows = [{**p.meta, "prompt": p.text} for p in prompts]
+            for name, values in self.scorer(rows, texts, rollout.ended.tolist()).items():
+                if len(values) != len(texts):
+                    raise ConfigError(
+                        f"eval.scorer returned {len(values)} values of {name!r} for {len(texts)} "
+                        "responses: they cannot be matched. Return one number for each response."
+                    )
+                columns[f"score/{name}"] = torch.tensor([float(v) for v in values])
+        return columns
+
+    def log_ratios(self, y: Sequences) -> torch.Tensor:
+        """(N, T) log pi_sft - log pi_base in nats, zero at padding."""
+        budget = self.max_tokens_per_batch
+        return score(self.sft, y, budget) - score(self.base, y, budget)
+
+    def side_by_side(self, models: dict[str, HFSampler], n: int) -> list[Row]:
+        """The first n prompts, groups in turn, each with every model's response, token by token."""
+        by_group = [[p for p in self.prompts if _group(p) == g] for g in self.groups]
+        turns = [ps[i] for i in range(max(map(len, by_group))) for ps in by_group if i < len(ps)]
+        prompts = turns[:n]
+        rows: list[Row] = [{"prompt": p.text, "group": _group(p), "responses": {}} for p in prompts]
+        for name, sampler in models.items():
+            rollout = sampler.sample([p.ids for p in prompts], self.seed)
+            y, ratios = rollout.sequences, self.log_ratios(rollout.sequences)
+            columns = self.columns(prompts, rollout)
+            for i, row in enumerate(rows):
+                ids = y.response_ids[i][y.mask[i]].tolist()
+                pieces = token_texts(self.tokenizer, ids)
+                row["responses"][name] = {
+                    "tokens": [
+                        {"text": text, "log_ratio": round(value, 4)}
+                        for text, value in zip(pieces, ratios[i].tolist(), strict=False)
+                    ],
+                    "reward": float(columns["reward"][i]),
+                    "truncated": not bool(rollout.ended[i]),
+                    "scores": {
+                        k[6:]: float(v[i]) for k, v in columns.items() if k.startswith("score/")
+                    },
+                }
+        return rows
+
+
+def held_out_nll(model: PreTrainedModel, examples: list[Example], max_tokens: int) -> float:
+    """Mean over demonstrations of -log pi(y|x), nats a response."""
+    y = Sequences.of([e.prompt_ids for e in examples], [e.response_ids for e in examples])
+    return -float(score(model, y, max_tokens).sum()) / len(examples)
+
+
+def decode(tokenizer: PreTrainedTokenizerBase, y: Sequences) -> list[str]:
+    """N response texts without special tokens."""
+    return [
+        tokenizer.decode(ids[mask].tolist(), skip_special_tokens=True)
+        for ids, mask in zip(y.response_ids, y.mask, strict=True)
+    ]
+
+
+def token_texts(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[str]:
+    """What each token adds to the text; specials visible; spaces kept."""
+    texts = [tokenizer.decode(ids[:i]) for i in range(len(ids) + 1)]
+    pairs = itertools.pairwise(texts)
+    return [b[len(a) :] if b.startswith(a) else b[-1:] for a, b in pairs]
+
+
+def load_scorer(name: str) -> Scorer:
+    """`python:module:function` or `python:file.py:function`.
+
+    Raises:
+        ConfigError: not of that form, or not there.
+    """
+    kind, _, rest = name.partition(":")
+    module_name, _, function = rest.rpartition(":")
+    if kind != "python" or not module_name or not function:
+        raise ConfigError(
+            f"eval.scorer={name!r} is not of the form python:module:function: responses cannot be "
+            "scored. Write, for example, python:my_scores.py:score."
+        )
+    try:
+        if module_name.endswith(".py"):
+            spec = importlib.util.spec_from_file_location(Path(module_name).stem, module_name)
+            if spec is None or spec.loader is None:
+                raise ImportError(f"{module_name} is not a Python file")
+            module = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(module)
+        else:
+            module = importlib.import_module(module_name)
+        scorer: Scorer = getattr(module, function)
+    except (ImportError, AttributeError, OSError, SyntaxError) as e:
+        raise ConfigError(
+            f"eval.scorer={name!r} cannot be loaded ({e}): responses cannot be scored. "
+            "Give a module or file that Python can import, and a function in it."
+        ) from e
+    return scorer
+
+
+def _group(prompt: Prompt) -> str:
+    return str(prompt.meta.get("group", "all"))

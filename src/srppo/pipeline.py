@@ -1,0 +1,361 @@
+"""A recipe, run: each stage is one method, leaves its output in the run directory and is done once.
+
+demonstrations -> sft -> audit -> ppo -> controls -> evaluate -> report
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import PreTrainedModel
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from srppo.config import PPOConfig, Recipe, SFTConfig
+from srppo.data.chat import apply_template
+from srppo.data.load import read_data
+from srppo.data.prompts import Prompt
+from srppo.errors import ConfigError, RunDirError
+from srppo.eval.evaluate import Evaluator, Row, held_out_nll, load_scorer
+from srppo.models.load import check_same_tokens, context_length, load_model, load_tokenizer
+from srppo.models.roles import Roles
+from srppo.progress import Reporter
+from srppo.provenance import now, provenance
+from srppo.report import build
+from srppo.rollout.hf import HFSampler
+from srppo.train.audit import audit
+from srppo.train.checkpoint import RunDir
+from srppo.train.metrics import MetricsLog
+from srppo.train.ppo import Metrics, train_ppo
+from srppo.train.sft import train_sft
+
+
+class Run:
+    """One recipe on its way through the stages. A stage that is done already is left out."""
+
+    def __init__(self, recipe: Recipe, reporter: Reporter | None = None, source: str = "") -> None:
+        """Reads the data and opens the run directory; nothing is trained yet.
+
+        Raises:
+            SrppoError: whatever would fail later and can be known now.
+        """
+        transformers.logging.set_verbosity_error()
+        transformers.logging.disable_progress_bar()
+        self.recipe = recipe
+        self.reporter = reporter or Reporter()
+        self.tokenizer = self._tokenizer()
+        self._check_context()
+        self.scorer = load_scorer(recipe.eval.scorer) if recipe.eval.scorer else None
+        self.data = read_data(recipe, self.tokenizer)
+        self.dir = RunDir.open(recipe, {"name": recipe.name, **provenance(recipe, source)})
+        self.dir.write_json("data.json", self.data.reports)
+        self._say_data()
+
+    # --- the stages -----------------------------------------------------------------------------
+
+    def sft(self) -> Path:
+        """Stage 1; the directory of pi_sft."""
+        if self.recipe.model.sft:
+            return Path(self.recipe.model.sft)
+        with self._stage("sft") as todo:
+            if todo:
+                self._train_sft("sft", self.recipe.sft)
+        return self.dir.path / "sft"
+
+    def audit(self) -> dict[str, Any] | None:
+        """The reward audit; None without held-out demonstrations."""
+        self._require_sft("audit")
+        if not self.data.held_out:
+            self.reporter.line("audit: left out, for there are no held-out demonstrations")
+            return None
+        with self._stage("audit") as todo:
+            if todo:
+                found = audit(
+                    self.base,
+                    self.pi_sft,
+                    self.tokenizer,
+                    self.data.held_out[: self.recipe.audit.prompts],
+                    self.recipe.ppo,
+                    max_response_tokens=self.recipe.data.max_response_tokens,
+                    seed=self.recipe.seed,
+                    reporter=self.reporter,
+                )
+                self.dir.write_json("audit.json", found)
+                self._say_audit(found)
+        findings: dict[str, Any] = self.dir.read_json("audit.json")
+        return findings
+
+    def ppo(self) -> Path:
+        """Stage 2, after the audit; the directory of the aligned model."""
+        self._require_sft("ppo")
+        self.audit()
+        with self._stage("ppo") as todo:
+            if todo:
+                self._train_ppo("policy", "ppo", self.recipe.ppo, self._curve)
+        return self.dir.path / "policy"
+
+    def controls(self) -> None:
+        """The same parts used otherwise, each trained as the recipe says."""
+        for name, control in self.recipe.controls.items():
+            if control.extrapolate is not None:
+                continue
+            with self._stage(f"controls/{name}") as todo:
+                if not todo:
+                    continue
+                changed = self.recipe.with_control(control)
+                if control.sft is not None:
+                    self._train_sft(f"controls/{name}", changed.sft)
+                else:
+                    self._train_ppo(f"controls/{name}", f"controls/{name}", changed.ppo, None)
+
+    def evaluate(self) -> dict[str, Any]:
+        """Every model at every temperature; results.json and samples.jsonl."""
+        with self._stage("eval") as todo:
+            if todo:
+                self._evaluate()
+        results: dict[str, Any] = self.dir.read_json("results.json")
+        return results
+
+    def report(self) -> Path:
+        """The HTML page."""
+        self.dir.record["finished"] = now()
+        self.dir.save_record()
+        return build(self.dir.path)
+
+    def all(self) -> dict[str, Any]:
+        """All stages; the results."""
+        self.sft()
+        self.ppo()
+        self.controls()
+        results = self.evaluate()
+        self.report()
+        return results
+
+    # --- how they are done ----------------------------------------------------------------------
+
+    def _train_sft(self, name: str, config: SFTConfig) -> None:
+        if not self.data.train:
+            raise ConfigError(
+                "data.demonstrations is not set: stage 1 has nothing to train on. Set it."
+            )
+        model = load_model(
+            self.recipe.model.base, self.recipe.model.dtype, self.recipe.model.device
+        )
+        with MetricsLog(self.dir.path, name) as log:
+            train_sft(
+                model,
+                self.tokenizer,
+                self.data.train,
+                config,
+                seed=self.recipe.seed,
+                log=log,
+                reporter=self.reporter,
+                title=name.upper() if name == "sft" else name,
+            )
+        self.dir.save_model(name, model, self.tokenizer)
+
+    def _train_ppo(
+        self,
+        name: str,
+        metrics_name: str,
+        config: PPOConfig,
+        curve: Callable[[PreTrainedModel], Metrics] | None,
+    ) -> None:
+        roles = Roles.begin(self.base, self.pi_sft, critic=config.estimator == "ppo")
+        sampler = HFSampler(
+            roles.policy,
+            eos_token_id=self.tokenizer.eos_token_id,
+            max_new_tokens=self.recipe.data.max_response_tokens,
+        )
+        with MetricsLog(self.dir.path, metrics_name) as log:
+            stopped = train_ppo(
+                roles,
+                sampler,
+                [p.ids for p in self.data.prompts],
+                config,
+                seed=self.recipe.seed,
+                log=log,
+                reporter=self.reporter,
+                evaluate=(lambda: curve(roles.policy)) if curve else None,
+                evaluate_every=self.recipe.eval.every,
+                title="PPO" if name == "policy" else name,
+            )
+        if stopped:
+            self.reporter.line(f"{name}: {stopped}")
+            self.dir.record.setdefault("stopped", {})[name] = stopped
+        self.dir.save_model(name, roles.policy, self.tokenizer)
+
+    def _evaluate(self) -> None:
+        evaluator = self._evaluator(self.data.eval_prompts)
+        samplers = self._samplers(evaluator)
+        settings = self.recipe.eval
+        per_temperature = [
+            1 if t == 0 else settings.samples_per_prompt for t in settings.temperatures
+        ]
+        total = len(samplers) * len(self.data.eval_prompts) * sum(per_temperature)
+        rows: list[Row] = []
+        with self.reporter.bar("evaluation", total, "responses") as advance:
+            for name, make in samplers.items():
+                sampler = make()
+                for temperature in settings.temperatures:
+                    measured = evaluator.measure(
+                        sampler, temperature, settings.samples_per_prompt, advance
+                    )
+                    decoding = f"T={temperature:g}" if temperature else "greedy"
+                    rows += [{"model": name, "decoding": decoding, **row} for row in measured]
+        nll = {}
+        budget = self.recipe.ppo.max_tokens_per_batch
+        for name, make in samplers.items():
+            model = make().models
+            if self.data.held_out and len(model) == 1:
+                nll[name] = held_out_nll(model[0], self.data.held_out, budget)
+        names = list(rows[0]["scores"]) if rows else []
+        self.dir.write_json(
+            "results.json",
+            {
+                "groups": evaluator.groups,
+                "primary": names[0] if names else None,
+                "held_out_nll": nll or None,
+                "rows": rows,
+            },
+        )
+        main = {n: make() for n, make in samplers.items() if n in ("base", "sft", "policy")}
+        self.dir.write_jsonl("samples.jsonl", evaluator.side_by_side(main, settings.side_by_side))
+
+    def _samplers(self, evaluator: Evaluator) -> dict[str, Callable[[], HFSampler]]:
+        """Name -> how to get its sampler; models are loaded one at a time."""
+        made: dict[str, Callable[[], HFSampler]] = {
+            "base": lambda: evaluator.sampler(self.base),
+            "sft": lambda: evaluator.sampler(self.pi_sft),
+        }
+
+        def trained(path: Path) -> HFSampler:
+            return evaluator.sampler(self._load(path))
+
+        if self.dir.is_done("ppo"):
+            made["policy"] = partial(trained, self.dir.path / "policy")
+        for name, control in self.recipe.controls.items():
+            if control.extrapolate is not None:
+                lam = control.extrapolate
+                made[name] = partial(evaluator.sampler, self.pi_sft, self.base, lam)
+            elif self.dir.is_done(f"controls/{name}"):
+                made[name] = partial(trained, self.dir.path / "controls" / name)
+        return made
+
+    def _curve(self, policy: PreTrainedModel) -> Metrics:
+        """The evaluation curve's point: `eval/<score>/<group>` at temperature 1."""
+        if not self.recipe.eval.every:
+            return {}
+        evaluator = self._evaluator(self.data.curve_prompts)
+        rows = evaluator.measure(evaluator.sampler(policy), temperature=1.0)
+        return {
+            f"eval/{name}/{row['group']}": value
+            for row in rows
+            for name, value in {**row["scores"], "reward": row["reward"]}.items()
+        }
+
+    def _evaluator(self, prompts: list[Prompt]) -> Evaluator:
+        return Evaluator(
+            tokenizer=self.tokenizer,
+            prompts=prompts,
+            max_new_tokens=self.recipe.data.max_response_tokens,
+            seed=self.recipe.seed,
+            base=self.base,
+            sft=self.pi_sft,
+            max_tokens_per_batch=self.recipe.ppo.max_tokens_per_batch,
+            scorer=self.scorer,
+        )
+
+    # --- models ---------------------------------------------------------------------------------
+
+    @cached_property
+    def base(self) -> PreTrainedModel:
+        """pi_base, frozen."""
+        return self._load(self.recipe.model.base).requires_grad_(False)
+
+    @cached_property
+    def pi_sft(self) -> PreTrainedModel:
+        """pi_sft, frozen."""
+        return self._load(self.sft()).requires_grad_(False)
+
+    def _load(self, name: str | Path) -> PreTrainedModel:
+        return load_model(str(name), self.recipe.model.dtype, self.recipe.model.device)
+
+    def _tokenizer(self) -> PreTrainedTokenizerBase:
+        """The SFT model's where there is one, checked against the base's."""
+        model = self.recipe.model
+        tokenizer = load_tokenizer(model.base)
+        if model.sft:
+            base, tokenizer = tokenizer, load_tokenizer(model.sft)
+            check_same_tokens(base, tokenizer, model.base, model.sft)
+        apply_template(tokenizer)
+        return tokenizer
+
+    def _check_context(self) -> None:
+        data = self.recipe.data
+        longest = data.max_prompt_tokens + data.max_response_tokens
+        for name in filter(None, (self.recipe.model.base, self.recipe.model.sft)):
+            context = context_length(name)
+            if context is not None and longest > context:
+                raise ConfigError(
+                    f"data.max_prompt_tokens={data.max_prompt_tokens} + data.max_response_tokens="
+                    f"{data.max_response_tokens} = {longest} is more than the {context} positions "
+                    f"of {name!r}: long sequences would be scored wrongly. Try {context // 2} "
+                    "for each."
+                )
+
+    def _require_sft(self, stage: str) -> None:
+        if not self.recipe.model.sft and not self.dir.is_done("sft"):
+            raise RunDirError(
+                f"{stage} needs an SFT model, and {self.dir.path} has none yet. Run `srppo sft` "
+                "with this recipe first, or set model.sft to a checkpoint that you have."
+            )
+
+    # --- record and messages --------------------------------------------------------------------
+
+    @contextmanager
+    def _stage(self, name: str) -> Iterator[bool]:
+        """True if the stage is still to do; remembered as done when the block ends well."""
+        if self.dir.is_done(name):
+            yield False
+            return
+        started = time.monotonic()
+        torch.manual_seed(self.recipe.seed)
+        yield True
+        self.dir.mark_done(name, time.monotonic() - started)
+
+    def _say_data(self) -> None:
+        for role in ("demonstrations", "prompts", "eval"):
+            report = self.data.reports.get(role)
+            if report is None:
+                continue
+            dropped = ", ".join(f"{n} {reason}" for reason, n in report["dropped"].items())
+            self.reporter.line(
+                f"{role}: {report['used']} of {report['rows']} rows of {report['source']}"
+                + (f"; dropped: {dropped}" if dropped else "")
+                + (f"; {report['truncated']} truncated" if report["truncated"] else "")
+            )
+        overlap = self.data.reports["overlap"]
+        self.reporter.line(
+            f"stage 1 trains on {len(self.data.train)} demonstrations, {len(self.data.held_out)} "
+            f"are held out; stage 2 has {overlap['of']} prompts, {overlap['exact']} of them seen "
+            "in stage 1"
+        )
+
+    def _say_audit(self, findings: dict[str, Any]) -> None:
+        curve, reward = findings["curve"], findings["reward"]
+        means = "  ".join(f"{name} {r['mean']:+.2f}" for name, r in reward.items())
+        self.reporter.line(f"audit: mean reward in nats  {means}")
+        self.reporter.line(
+            f"audit: held-out NLL {curve['nll_sft']:.2f} at SFT, least at lambda="
+            f"{curve['lam_star']:g}; the recipe aims at lambda={curve['lam_recipe']:g}: "
+            f"{curve['nll_recipe']:.2f} nats"
+        )
+        for warning in findings["warnings"]:
+            self.reporter.line(f"audit WARNING: {warning}")

@@ -1,0 +1,105 @@
+"""Several runs of one recipe with different seeds: means, intervals, paired differences."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from scipy.stats import t as student_t
+
+from srppo.errors import ConfigError
+from srppo.report.read import mapping, read
+
+Key = tuple[str, str]  # model, decoding
+Columns = dict[str, list[float]]  # column -> one value a run
+
+
+@dataclass(frozen=True)
+class Interval:
+    """Mean over runs and half the width of its 95% interval (Student's t, n - 1)."""
+
+    mean: float
+    half: float
+
+    @staticmethod
+    def of(values: list[float]) -> Interval:
+        """One run gives no interval: its half-width is NaN."""
+        n = len(values)
+        mean = math.fsum(values) / n
+        if n < 2:
+            return Interval(mean, math.nan)
+        variance = math.fsum((v - mean) ** 2 for v in values) / (n - 1)
+        return Interval(mean, float(student_t.ppf(0.975, n - 1)) * math.sqrt(variance / n))
+
+    def __str__(self) -> str:
+        return f"{self.mean:.3f}" if math.isnan(self.half) else f"{self.mean:.3f}±{self.half:.3f}"
+
+
+def summarise(run_dirs: list[Path], against: str = "policy") -> str:
+    """Markdown: every model's scores over the runs, then `against` minus each, paired by run.
+
+    The figures at a row are means over runs with 95% intervals; response length in tokens and
+    the EOS rate are means over the groups.
+
+    Raises:
+        ConfigError: a run without results, or runs that did not measure the same things.
+    """
+    runs = [_columns(path) for path in run_dirs]
+    for path, run in zip(run_dirs[1:], runs[1:], strict=True):
+        if odd := set(run) ^ set(runs[0]):
+            raise ConfigError(
+                f"{path} and {run_dirs[0]} did not measure the same models: {sorted(odd)[0]} is in "
+                "one of them only, so they cannot be averaged. Summarise runs of one recipe."
+            )
+    keys = list(runs[0])
+    names = list(runs[0][keys[0]])
+    table: dict[Key, Columns] = {k: {c: [run[k][c] for run in runs] for c in names} for k in keys}
+    scores = [c for c in names if c not in ("length", "EOS")]
+    lines = [f"{len(runs)} runs, mean ± 95% interval over runs.", ""]
+    lines += _markdown(["model", "decoding", *names])
+    lines += [_row([*key, *(str(Interval.of(table[key][c])) for c in names)]) for key in keys]
+    lines += ["", f"`{against}` minus the row, paired by run; * where the interval excludes 0:", ""]
+    lines += _markdown(["model", "decoding", *scores])
+    for model, decoding in keys:
+        reference = table.get((against, decoding))
+        if model == against or reference is None:
+            continue
+        cells = []
+        for c in scores:
+            pairs = zip(reference[c], table[model, decoding][c], strict=True)
+            difference = Interval.of([a - b for a, b in pairs])
+            cells.append(f"{difference}{'*' if abs(difference.mean) > difference.half else ''}")
+        lines.append(_row([model, decoding, *cells]))
+    return "\n".join(lines) + "\n"
+
+
+def _columns(path: Path) -> dict[Key, dict[str, float]]:
+    """(model, decoding) -> column -> value."""
+    results = read(path).results
+    if not results or not results.get("rows"):
+        raise ConfigError(
+            f"{path} holds no results: it cannot be part of a summary. Finish it with `srppo run`."
+        )
+    table: dict[Key, dict[str, float]] = {}
+    rows: list[dict[str, Any]] = results["rows"]
+    for row in rows:
+        columns = table.setdefault((row["model"], row["decoding"]), {})
+        for name, value in mapping(row, "scores").items():
+            columns[f"{name} {row['group']}"] = value
+        if not row["scores"]:
+            columns[f"reward {row['group']}"] = row["reward"]
+    for (model, decoding), columns in table.items():
+        mine = [r for r in rows if (r["model"], r["decoding"]) == (model, decoding)]
+        columns["length"] = math.fsum(r["response_length"] for r in mine) / len(mine)
+        columns["EOS"] = math.fsum(r["eos_rate"] for r in mine) / len(mine)
+    return table
+
+
+def _markdown(names: list[str]) -> list[str]:
+    return [_row(names), _row(["---"] * len(names))]
+
+
+def _row(cells: list[str]) -> str:
+    return "| " + " | ".join(cells) + " |"

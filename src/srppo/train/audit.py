@@ -1,0 +1,197 @@
+"""The reward audit: is there anything in log pi_sft - log pi_base worth climbing?
+
+Three looks, all before PPO and without labels, on held-out demonstrations:
+does the reward tell demonstrations and SFT samples from base samples; do length or single tokens
+dominate it; and how far along base·(sft/base)^lambda do held-out demonstrations stay likely
+(the lambda-curve)? PPO with coefficient beta aims at lambda = 1 + 1/beta.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from srppo.algo.optimum import extrapolated_nll
+from srppo.algo.reward import log_ratio_reward
+from srppo.config import PPOConfig
+from srppo.data.chat import Example
+from srppo.models.batching import Sequences, microbatches
+from srppo.models.scoring import response_logits, score
+from srppo.progress import Reporter
+from srppo.rollout.hf import HFSampler
+from srppo.train.ppo import correlation
+
+LAMBDAS = [0.0, 0.5, 1.0, 1.25, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0, 5.0, 6.0, 8.0, 11.0]
+SEPARATES = 0.6
+"""Below this probability of ranking a pair correctly, the reward separates next to nothing."""
+DOMINATES = 0.5
+"""One token with more than this share of the reward, or length with this share of its variance."""
+
+
+def audit(
+    base: PreTrainedModel,
+    sft: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    held_out: list[Example],
+    config: PPOConfig,
+    *,
+    max_response_tokens: int,
+    seed: int,
+    reporter: Reporter,
+) -> dict[str, Any]:
+    """All findings as JSON-ready numbers, with the warnings in plain words."""
+    budget = config.max_tokens_per_batch
+    prompts = [e.prompt_ids for e in held_out]
+    sets = {"demonstrations": Sequences.of(prompts, [e.response_ids for e in held_out])}
+    with reporter.bar("audit: sampling", 2 * len(prompts), "responses") as advance:
+        for k, (name, model) in enumerate({"sft": sft, "base": base}.items()):
+            sampler = HFSampler(
+                model, eos_token_id=tokenizer.eos_token_id, max_new_tokens=max_response_tokens
+            )
+            sets[name] = sampler.sample(prompts, seed * 2 + k, progress=advance).sequences
+
+    ratios = {n: score(sft, y, budget) - score(base, y, budget) for n, y in sets.items()}
+    rewards = {
+        n: log_ratio_reward(ratios[n], torch.zeros_like(ratios[n]), sets[n].mask) for n in sets
+    }
+    lengths = {n: y.lengths.float() for n, y in sets.items()}
+    findings: dict[str, Any] = {
+        "prompts": len(prompts),
+        "reward": _distributions(rewards),
+        "separation": {
+            "sft_vs_base_auc": auc(rewards["sft"], rewards["base"]),
+            "demonstrations_vs_base_auc": auc(rewards["demonstrations"], rewards["base"]),
+        },
+        "length_corr": {n: float(correlation(lengths[n], r)) for n, r in rewards.items()},
+        "top_tokens": top_tokens(sets["sft"], ratios["sft"], tokenizer),
+        "curve": lambda_curve(base, sft, sets["demonstrations"], config),
+    }
+    findings["warnings"] = warnings_from(findings, config)
+    return findings
+
+
+def lambda_curve(
+    base: PreTrainedModel, sft: PreTrainedModel, y: Sequences, config: PPOConfig
+) -> dict[str, Any]:
+    """NLL of demonstrations, in nats a response, under base·(sft/base)^lambda per token."""
+    recipe = (1.0 if config.kl_ref == "sft" else 0.0) + 1.0 / config.kl_coef
+    lams = torch.tensor(sorted({*LAMBDAS, recipe}))
+    total = torch.zeros(len(lams))
+    with torch.no_grad():
+        rows = torch.arange(len(y))
+        for batch in microbatches(y, rows, config.max_tokens_per_batch, base.device):
+            nll = extrapolated_nll(
+                response_logits(base, batch),
+                response_logits(sft, batch),
+                batch.response_ids,
+                lams.to(base.device),
+            )
+            total += torch.where(batch.mask, nll, 0.0).sum((1, 2)).cpu()
+    nll_of = dict(zip(lams.tolist(), (total / len(y)).tolist(), strict=True))
+    nearest = min(nll_of, key=lambda lam: abs(lam - recipe))
+    return {
+        "lams": list(nll_of),
+        "nll": list(nll_of.values()),
+        "lam_star": min(nll_of, key=nll_of.__getitem__),
+        "lam_recipe": recipe,
+        "nll_base": nll_of[0.0],
+        "nll_sft": nll_of[1.0],
+        "nll_recipe": nll_of[nearest],
+    }
+
+
+def top_tokens(
+    y: Sequences, ratios: Tensor, tokenizer: PreTrainedTokenizerBase, n: int = 12
+) -> list[dict[str, Any]]:
+    """Tokens with the largest share of the summed absolute log-ratio of SFT samples."""
+    ids, values = y.response_ids[y.mask], ratios[y.mask]
+    whole = values.abs().sum().clamp(min=1e-12)
+    kinds, place, counts = ids.unique(return_inverse=True, return_counts=True)
+    size = torch.zeros(len(kinds)).index_add(0, place, values.abs())
+    signed = torch.zeros(len(kinds)).index_add(0, place, values)
+    return [
+        {
+            "token": tokenizer.convert_ids_to_tokens(int(kinds[k])),
+            "id": int(kinds[k]),
+            "count": int(counts[k]),
+            "mean": float(signed[k] / counts[k]),
+            "share": float(size[k] / whole),
+        }
+        for k in size.argsort(descending=True, stable=True)[:n].tolist()
+    ]
+
+
+def warnings_from(findings: dict[str, Any], config: PPOConfig) -> list[str]:
+    """What a person should know before spending compute on stage 2."""
+    curve, said = findings["curve"], []
+    auc_sft = findings["separation"]["sft_vs_base_auc"]
+    auc_demos = findings["separation"]["demonstrations_vs_base_auc"]
+    if max(auc_sft, auc_demos) < SEPARATES:
+        said.append(
+            f"the reward separates next to nothing: it ranks an SFT sample above a base sample in "
+            f"{auc_sft:.0%} of pairs and a demonstration in {auc_demos:.0%} (chance: 50%). PPO "
+            "would climb noise. Train SFT longer or with a higher sft.learning_rate."
+        )
+    token = findings["top_tokens"][0]
+    if token["share"] > DOMINATES:
+        said.append(
+            f"one token dominates the reward: {token['token']!r} carries {token['share']:.0%} of "
+            "it. The policy would learn that token, not the task. Set ppo.token_clip, or look at "
+            "the template."
+        )
+    corr = findings["length_corr"]["sft"]
+    if corr**2 > DOMINATES:
+        said.append(
+            f"length explains {corr**2:.0%} of the reward's variance over SFT samples (correlation "
+            f"{corr:+.2f}): the policy may learn {'longer' if corr > 0 else 'shorter'} responses "
+            "and little else. Watch response_length, or set ppo.reward=mean."
+        )
+    star, recipe = curve["lam_star"], curve["lam_recipe"]
+    if star <= 1.0:
+        said.append(
+            f"nothing is left to extrapolate: held-out demonstrations are likeliest at lambda="
+            f"{star:g}, that is at the SFT model itself or before it (it may be overfitted, or its "
+            "optimizer left noise). Stage 2 is not likely to help. Train SFT more gently: fewer "
+            "epochs, a lower sft.learning_rate, or sft.optimizer=sgd."
+        )
+    elif curve["nll_recipe"] > curve["nll_sft"]:
+        said.append(
+            f"kl_coef={config.kl_coef:g} asks for lambda={recipe:g}, more extrapolation than the "
+            f"reward supports: held-out demonstrations cost {curve['nll_recipe']:.2f} nats there, "
+            f"{curve['nll_sft']:.2f} at the SFT model and least at lambda={star:g}. "
+            f"{_gentler(star, config)}"
+        )
+    return said
+
+
+def _gentler(star: float, config: PPOConfig) -> str:
+    offset = 1.0 if config.kl_ref == "sft" else 0.0
+    return f"Try ppo.kl_coef={1.0 / (star - offset):.2g}, or train SFT more gently."
+
+
+def auc(above: Tensor, below: Tensor) -> float:
+    """P(a > b) + P(a = b)/2 for a from `above`, b from `below`: 0.5 is chance."""
+    difference = above[:, None] - below[None, :]
+    return float((difference > 0).float().mean() + 0.5 * (difference == 0).float().mean())
+
+
+def _distributions(rewards: dict[str, Tensor]) -> dict[str, Any]:
+    together = torch.cat(list(rewards.values()))
+    edges = torch.linspace(float(together.min()), float(together.max()) + 1e-6, 31)
+    levels = {"5": 0.05, "25": 0.25, "50": 0.5, "75": 0.75, "95": 0.95}
+    return {
+        name: {
+            "mean": float(r.mean()),
+            "std": float(r.std(correction=0)),
+            "quantiles": {k: float(r.quantile(q)) for k, q in levels.items()},
+            "histogram": {
+                "edges": edges.tolist(),
+                "counts": torch.histogram(r, edges).hist.int().tolist(),
+            },
+        }
+        for name, r in rewards.items()
+    }
