@@ -148,8 +148,8 @@ class PPOConfig(Section):
     """Zero mean, unit variance over all response tokens of a step."""
     gamma: Fraction = 1.0
     """Discount (ours)."""
-    gae_lambda: Fraction = 0.95
-    """GAE's lambda (ours)."""
+    gae_lambda: Fraction = 1.0
+    """GAE's lambda (ours): below 1, credit at EOS fades on its way to the early tokens."""
     value_learning_rate: PositiveFloat = 1e-5
     """AdamW, critic (ours)."""
     value_clip: PositiveFloat = 0.2

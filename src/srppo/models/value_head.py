@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import torch
 from torch import Tensor, nn
@@ -12,11 +13,16 @@ from srppo.models.batching import Batch, Sequences, microbatches
 
 
 class ValueModel(nn.Module):
-    """V(x, y_<t): estimate in nats of the return from each prefix on.
+    """V(x, y_<t) = shift + scale * head(trunk): estimate in nats of the return from a prefix on.
 
-    The trunk is a copy of a language model's; the head starts at zero, so that the first
-    advantages are the plain returns and not noise (a cold critic poisons early updates).
+    The trunk is a copy of a language model's; the head starts at zero. `shift` and `scale` are the
+    mean and standard deviation of the first rollout's returns: sums over a response can be
+    hundreds of nats, which a unit-sized head would take hundreds of steps to reach, and until then
+    every response would look better than expected, the more so near its end (docs/LOG.md).
     """
+
+    shift: Tensor
+    scale: Tensor
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
@@ -25,6 +31,19 @@ class ValueModel(nn.Module):
         self.head = nn.Linear(width, 1, device=model.device)
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
+        self.register_buffer("shift", torch.tensor(math.nan, device=model.device))
+        self.register_buffer("scale", torch.tensor(math.nan, device=model.device))
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether `calibrate` was called."""
+        return not bool(self.shift.isnan())
+
+    def calibrate(self, returns: Tensor, mask: Tensor) -> None:
+        """Set `shift` and `scale` from the returns (N, T) of a first rollout, nats."""
+        first = returns[mask]
+        self.shift.fill_(first.mean())
+        self.scale.fill_(first.std(correction=0).clamp(min=1e-3))
 
     @property
     def device(self) -> torch.device:
@@ -32,7 +51,10 @@ class ValueModel(nn.Module):
         return self.head.weight.device
 
     def forward(self, batch: Batch) -> Tensor:
-        """(b, T') values of the prefixes before each response token, float32 nats."""
+        """(b, T') values of the prefixes before each response token, float32 nats.
+
+        NaN before `calibrate`.
+        """
         T = batch.response_ids.shape[1]
         hidden = self.trunk(
             input_ids=batch.input_ids,
@@ -40,7 +62,7 @@ class ValueModel(nn.Module):
             position_ids=batch.position_ids,
             use_cache=False,
         ).last_hidden_state[:, -T - 1 : -1]
-        values: Tensor = self.head(hidden.float()).squeeze(-1)
+        values: Tensor = self.shift + self.scale * self.head(hidden.float()).squeeze(-1)
         return values
 
 

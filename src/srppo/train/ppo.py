@@ -27,7 +27,7 @@ from srppo.errors import DataError
 from srppo.models.batching import Sequences, microbatches
 from srppo.models.roles import Roles
 from srppo.models.scoring import batch_logprobs, score
-from srppo.models.value_head import values_of
+from srppo.models.value_head import ValueModel, values_of
 from srppo.progress import Reporter
 from srppo.rollout.sampler import Rollout, Sampler
 from srppo.train.metrics import MetricsLog
@@ -47,8 +47,6 @@ class Scores:
     """log pi_sft, nats: serves the reward and, with kl_ref=sft, the KL term."""
     base: Tensor
     """log pi_base, nats."""
-    values: Tensor
-    """V of each prefix, nats; zero without a critic."""
 
 
 def train_ppo(
@@ -94,8 +92,9 @@ def train_ppo(
             sampled = time.monotonic()
             scores = score_rollout(roles, rollout, config)
             rewards = rewards_of(rollout, scores, config)
-            advantages, returns = advantages_of(rewards, scores, rollout, config)
-            metrics = describe(rollout, scores, rewards, returns, config)
+            values = values_under(roles.critic, rollout, rewards, config)
+            advantages, returns = advantages_of(rewards, values, rollout, config)
+            metrics = describe(rollout, scores, values, returns, config)
             scored = time.monotonic()
 
             if metrics["kl_ref"] > config.max_kl:
@@ -105,7 +104,7 @@ def train_ppo(
                     f"{step}, above ppo.max_kl={config.max_kl}: stopped, policy kept as it is."
                 )
             metrics |= update(
-                roles, rollout, scores, advantages, returns, optimizers, config,
+                roles, rollout, scores.policy, values, advantages, returns, optimizers, config,
                 seed=_seed(seed, "minibatches", step), policy_too=not warming_up,
             )  # fmt: skip
 
@@ -137,13 +136,12 @@ def prompt_batch(prompts: list[list[int]], n: int, step: int, seed: int) -> list
 
 
 def score_rollout(roles: Roles, rollout: Rollout, config: PPOConfig) -> Scores:
-    """Two frozen passes (sft, base), the policy's own log-probabilities and the values."""
+    """Two frozen passes (sft, base) and the policy's own log-probabilities."""
     y, budget = rollout.sequences, config.max_tokens_per_batch
     return Scores(
         policy=score(roles.policy, y, budget),
         sft=score(roles.sft, y, budget),
         base=score(roles.base, y, budget),
-        values=values_of(roles.critic, y, budget) if roles.critic else torch.zeros(y.mask.shape),
     )
 
 
@@ -161,8 +159,21 @@ def rewards_of(rollout: Rollout, scores: Scores, config: PPOConfig) -> Tensor:
     return rewards
 
 
+def values_under(
+    critic: ValueModel | None, rollout: Rollout, rewards: Tensor, config: PPOConfig
+) -> Tensor:
+    """(N, T) nats, V of each prefix; zero without a critic. The first call calibrates it."""
+    y = rollout.sequences
+    if critic is None:
+        return torch.zeros_like(rewards)
+    if not critic.calibrated:
+        _, returns = gae(rewards, torch.zeros_like(rewards), y.mask, config.gamma, 1.0)
+        critic.calibrate(returns, y.mask)
+    return values_of(critic, y, config.max_tokens_per_batch)
+
+
 def advantages_of(
-    rewards: Tensor, scores: Scores, rollout: Rollout, config: PPOConfig
+    rewards: Tensor, values: Tensor, rollout: Rollout, config: PPOConfig
 ) -> tuple[Tensor, Tensor]:
     """Advantages and returns, both (N, T); whitening is over the whole rollout."""
     mask = rollout.sequences.mask
@@ -171,7 +182,7 @@ def advantages_of(
         returns = torch.where(mask, whole[:, None], 0.0)
         advantages = leave_one_out(whole, config.responses_per_prompt)[:, None] * mask
     else:
-        advantages, returns = gae(rewards, scores.values, mask, config.gamma, config.gae_lambda)
+        advantages, returns = gae(rewards, values, mask, config.gamma, config.gae_lambda)
     return (whiten(advantages, mask) if config.whiten_advantages else advantages), returns
 
 
@@ -204,7 +215,8 @@ class Optimizers:
 def update(
     roles: Roles,
     rollout: Rollout,
-    scores: Scores,
+    old_logprobs: Tensor,
+    old_values: Tensor,
     advantages: Tensor,
     returns: Tensor,
     optimizers: Optimizers,
@@ -223,7 +235,9 @@ def update(
     totals: dict[str, list[float]] = {}
     for _ in range(config.epochs):
         for rows in torch.randperm(len(y), generator=generator).split(config.minibatch_size):
-            stats = _minibatch(roles, y, rows, scores, advantages, returns, value_clip, config)
+            stats = _minibatch(
+                roles, y, rows, old_logprobs, old_values, advantages, returns, value_clip, config
+            )
             if not policy_too:
                 optimizers.policy.zero_grad(set_to_none=True)
             over = stats["update_kl"] > (config.update_kl_limit or math.inf)
@@ -244,7 +258,8 @@ def _minibatch(
     roles: Roles,
     y: Sequences,
     rows: Tensor,
-    scores: Scores,
+    old_logprobs: Tensor,
+    old_values: Tensor,
     advantages: Tensor,
     returns: Tensor,
     value_clip: float,
@@ -258,7 +273,7 @@ def _minibatch(
         share = float(mask.sum()) / n_tokens
         old, adv, ret, val = (
             x[batch.rows, :T].to(mask.device)
-            for x in (scores.policy, advantages, returns, scores.values)
+            for x in (old_logprobs, advantages, returns, old_values)
         )
         new = batch_logprobs(roles.policy, batch)
         loss = masked_sum(clipped_policy_loss(new, old, adv, config.clip, mask), mask) / n_tokens
@@ -286,7 +301,7 @@ def _step(optimizer: AdamW, max_grad_norm: float) -> float:
 
 
 def describe(
-    rollout: Rollout, scores: Scores, rewards: Tensor, returns: Tensor, config: PPOConfig
+    rollout: Rollout, scores: Scores, values: Tensor, returns: Tensor, config: PPOConfig
 ) -> Metrics:
     """The step's metrics that need no update; docs/metrics.md defines each."""
     y, mask = rollout.sequences, rollout.sequences.mask
@@ -313,7 +328,7 @@ def describe(
         bounded = (scores.sft - scores.base).abs() > config.token_clip
         metrics["saturated_fraction"] = masked_mean(bounded.float(), mask)
     if config.estimator == "ppo":
-        metrics["value_explained_variance"] = explained_variance(scores.values, returns, mask)
+        metrics["value_explained_variance"] = explained_variance(values, returns, mask)
     return {key: float(value) for key, value in metrics.items()}
 
 
@@ -335,7 +350,10 @@ def headline(title: str, step: int, total: int, metrics: Metrics) -> str:
         f"EOS {metrics['eos_rate']:.0%}",
         f"{metrics['time/tokens_per_second']:.0f} tokens/s",
     ]
-    parts += [f"{k.removeprefix('eval/')} {v:.2f}" for k, v in metrics.items() if k[:5] == "eval/"]
+    evaluated = [key.split("/") for key in metrics if key.startswith("eval/")]
+    for _, name, group in evaluated:
+        if name == evaluated[0][1]:  # the first score; the others are in the log
+            parts.append(f"{name} {group} {metrics[f'eval/{name}/{group}']:.2f}")
     return "  ".join(parts)
 
 

@@ -68,7 +68,6 @@ def train_sft(
             data_seed=seed,
             use_cpu=model.device.type == "cpu",
             bf16=False,
-            gradient_checkpointing=False,
             dataset_kwargs={"skip_prepare_dataset": True},
             max_length=None,
             save_strategy="no",
