@@ -32,8 +32,9 @@ from srppo.rollout.hf import HFSampler
 from srppo.train.audit import audit
 from srppo.train.checkpoint import RunDir
 from srppo.train.metrics import MetricsLog
-from srppo.train.ppo import Metrics, train_ppo
+from srppo.train.ppo import train_ppo
 from srppo.train.sft import train_sft
+from srppo.train.update import Metrics
 
 
 class Run:

@@ -9,30 +9,22 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.utils import clip_grad_norm_
-from torch.optim import AdamW
 
 from srppo.algo.advantage import gae, leave_one_out
-from srppo.algo.kl import k1, k3
-from srppo.algo.loss import (
-    clip_fraction,
-    clipped_policy_loss,
-    clipped_value_loss,
-    explained_variance,
-)
+from srppo.algo.kl import k1
+from srppo.algo.loss import explained_variance
 from srppo.algo.masking import masked_mean, masked_sum, whiten
 from srppo.algo.reward import last_token, token_log_ratios, token_rewards
 from srppo.config import PPOConfig
 from srppo.errors import DataError
-from srppo.models.batching import Sequences, microbatches
 from srppo.models.roles import Roles
-from srppo.models.scoring import batch_logprobs, score
+from srppo.models.scoring import score
 from srppo.models.value_head import ValueModel, values_of
 from srppo.progress import Reporter
 from srppo.rollout.sampler import Rollout, Sampler
 from srppo.train.metrics import MetricsLog
+from srppo.train.update import Experience, Metrics, Optimizers, generator, update
 
-Metrics = dict[str, float]
 Evaluate = Callable[[], Metrics]
 """Measures the policy as it is now, without touching its state or the run's random numbers."""
 
@@ -67,7 +59,7 @@ def train_ppo(
     Args:
         sampler: samples from `roles.policy` as it is at the time of the call.
         prompts: token ids; drawn without replacement, shuffled anew when used up.
-        evaluate: called before the first, after the last and after every `evaluate_every`-th step.
+        evaluate: called after the last and after every `evaluate_every`-th step.
 
     Returns:
         Why training stopped early, or None.
@@ -97,16 +89,17 @@ def train_ppo(
             metrics = describe(rollout, scores, values, returns, config)
             scored = time.monotonic()
 
-            if metrics["kl_ref"] > config.max_kl:
+            if not metrics["kl_ref"] <= config.max_kl:  # NaN stops it, too
                 log.log(step, metrics)
                 return (
                     f"KL to {config.kl_ref} is {metrics['kl_ref']:.1f} nats a response at step "
                     f"{step}, above ppo.max_kl={config.max_kl}: stopped, policy kept as it is."
                 )
+            experience = Experience(rollout.sequences, scores.policy, values, advantages, returns)
+            shuffle = generator(_seed(seed, "minibatches", step))
             metrics |= update(
-                roles, rollout, scores.policy, values, advantages, returns, optimizers, config,
-                seed=_seed(seed, "minibatches", step), policy_too=not warming_up,
-            )  # fmt: skip
+                roles, experience, optimizers, config, shuffle, move_policy=not warming_up
+            )
 
             updated = time.monotonic()
             if evaluate and (step == total or (evaluate_every and step % evaluate_every == 0)):
@@ -130,7 +123,7 @@ def prompt_batch(prompts: list[list[int]], n: int, step: int, seed: int) -> list
     for i in range((step - 1) * n, step * n):
         epoch, place = divmod(i, len(prompts))
         if place == 0 or i == (step - 1) * n:
-            order = torch.randperm(len(prompts), generator=_generator(_seed(seed, "data", epoch)))
+            order = torch.randperm(len(prompts), generator=generator(_seed(seed, "data", epoch)))
         chosen.append(prompts[int(order[place])])
     return chosen
 
@@ -184,120 +177,6 @@ def advantages_of(
     else:
         advantages, returns = gae(rewards, values, mask, config.gamma, config.gae_lambda)
     return (whiten(advantages, mask) if config.whiten_advantages else advantages), returns
-
-
-class Optimizers:
-    """AdamW for the policy and one for the critic, with a common schedule."""
-
-    def __init__(self, roles: Roles, config: PPOConfig) -> None:
-        self.schedule = config.lr_schedule
-        self.policy = AdamW(roles.policy.parameters(), config.learning_rate, weight_decay=0.0)
-        self.critic = (
-            AdamW(roles.critic.parameters(), config.value_learning_rate, weight_decay=0.0)
-            if roles.critic
-            else None
-        )
-        self.all = [o for o in (self.policy, self.critic) if o is not None]
-        self.peaks = [o.param_groups[0]["lr"] for o in self.all]
-
-    def set_progress(self, done: float) -> None:
-        """`done`: the share of the policy's steps that lies behind; negative during warm-up."""
-        done = max(0.0, done)
-        factor = {
-            "constant": 1.0,
-            "linear": 1.0 - done,
-            "cosine": 0.5 * (1.0 + math.cos(math.pi * done)),
-        }[self.schedule]
-        for optimizer, peak in zip(self.all, self.peaks, strict=True):
-            optimizer.param_groups[0]["lr"] = factor * peak
-
-
-def update(
-    roles: Roles,
-    rollout: Rollout,
-    old_logprobs: Tensor,
-    old_values: Tensor,
-    advantages: Tensor,
-    returns: Tensor,
-    optimizers: Optimizers,
-    config: PPOConfig,
-    *,
-    seed: int,
-    policy_too: bool = True,
-) -> Metrics:
-    """`epochs` passes over the rollout in shuffled minibatches, the remainder included.
-
-    Each minibatch's loss is the mean over its response tokens, whatever the microbatches.
-    """
-    y = rollout.sequences
-    value_clip = config.value_clip * float(returns[y.mask].std(correction=0))
-    generator = _generator(seed)
-    totals: dict[str, list[float]] = {}
-    for _ in range(config.epochs):
-        for rows in torch.randperm(len(y), generator=generator).split(config.minibatch_size):
-            stats = _minibatch(
-                roles, y, rows, old_logprobs, old_values, advantages, returns, value_clip, config
-            )
-            if not policy_too:
-                optimizers.policy.zero_grad(set_to_none=True)
-            over = stats["update_kl"] > (config.update_kl_limit or math.inf)
-            if policy_too and not over:
-                stats["grad_norm"] = _step(optimizers.policy, config.max_grad_norm)
-            if optimizers.critic:
-                stats["value_grad_norm"] = _step(optimizers.critic, config.max_grad_norm)
-            for key, value in stats.items():
-                totals.setdefault(key, []).append(value)
-            if over:
-                optimizers.policy.zero_grad(set_to_none=True)
-                policy_too = False
-    means = {key: sum(values) / len(values) for key, values in totals.items()}
-    return {**means, "learning_rate": float(optimizers.policy.param_groups[0]["lr"])}
-
-
-def _minibatch(
-    roles: Roles,
-    y: Sequences,
-    rows: Tensor,
-    old_logprobs: Tensor,
-    old_values: Tensor,
-    advantages: Tensor,
-    returns: Tensor,
-    value_clip: float,
-    config: PPOConfig,
-) -> Metrics:
-    """Accumulate the gradients of one minibatch; statistics are means over its tokens."""
-    n_tokens = int(y.mask[rows].sum())
-    stats = {"policy_loss": 0.0, "clip_fraction": 0.0, "update_kl": 0.0}
-    for batch in microbatches(y, rows, config.max_tokens_per_batch, roles.policy.device):
-        T, mask = batch.mask.shape[1], batch.mask
-        share = float(mask.sum()) / n_tokens
-        old, adv, ret, val = (
-            x[batch.rows, :T].to(mask.device)
-            for x in (old_logprobs, advantages, returns, old_values)
-        )
-        new = batch_logprobs(roles.policy, batch)
-        loss = masked_sum(clipped_policy_loss(new, old, adv, config.clip, mask), mask) / n_tokens
-        loss.backward()
-        new = new.detach()
-        stats["policy_loss"] += float(loss.detach())
-        stats["clip_fraction"] += share * float(clip_fraction(new, old, mask, config.clip))
-        stats["update_kl"] += share * float(masked_mean(k3(old, new), mask))
-        if roles.critic:
-            values = roles.critic(batch)
-            value_loss = masked_sum(clipped_value_loss(values, val, ret, value_clip, mask), mask)
-            (value_loss / n_tokens).backward()
-            stats["value_loss"] = (
-                stats.get("value_loss", 0.0) + float(value_loss.detach()) / n_tokens
-            )
-    return stats
-
-
-def _step(optimizer: AdamW, max_grad_norm: float) -> float:
-    """Clip, step, clear; returns the gradient's norm before clipping."""
-    norm = clip_grad_norm_(optimizer.param_groups[0]["params"], max_grad_norm)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    return float(norm)
 
 
 def describe(
@@ -361,7 +240,3 @@ def _seed(seed: int, purpose: str, index: int) -> int:
     """Independent streams for each purpose and step, from the run's seed alone."""
     streams = {"data": 1, "rollout": 2, "minibatches": 3}
     return (seed * 1_000_003 + streams[purpose]) * 1_000_003 + index
-
-
-def _generator(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed % 2**63)

@@ -1,0 +1,48 @@
+# Each target installs what it needs into .venv first.
+PYTHON ?= python3
+BIN := .venv/bin
+SEEDS ?= 0 1 2 3 4
+
+.PHONY: install demo table test slow lint check bench clean
+
+install: .venv/installed
+
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "srppo needs Python 3.11 or newer; run: make PYTHON=python3.11")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+# The whole method on the embedded miniature: two to five minutes on two cores.
+demo: install
+	$(BIN)/srppo run recipes/miniature.yaml
+
+# The demo's table over seeds, each with a base model pretrained from scratch: under an hour.
+table: install
+	for s in $(SEEDS); do \
+	  test -d runs/table/base-$$s || $(BIN)/python -m srppo.miniature.pretrain --seed $$s --out runs/table/base-$$s || exit 1; \
+	  $(BIN)/srppo run recipes/miniature.yaml seed=$$s model.base=runs/table/base-$$s output_dir=runs/table/seed-$$s || exit 1; \
+	done
+	$(BIN)/srppo summary $(foreach s,$(SEEDS),runs/table/seed-$(s))
+
+test: install
+	$(BIN)/python -m pytest -m 'not slow'
+
+slow: install
+	$(BIN)/python -m pytest -m slow
+
+lint: install
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+check: lint test slow
+
+# Seconds and memory of one PPO step, as one JSON line.
+bench: install
+	$(BIN)/python bench/step.py
+
+clean:
+	rm -rf .venv runs .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
