@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from srppo.errors import ConfigError
 
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -237,8 +238,8 @@ class Recipe(Section):
     """Shown in the report."""
     output_dir: str
     """The run directory; `{seed}` is replaced."""
-    seed: NonNegative = 0
-    """Decides every random number of the run."""
+    seed: Seed = 0
+    """Decides every random number of the run; below 2^32."""
     model: ModelConfig
     data: DataConfig = DataConfig()
     sft: SFTConfig = SFTConfig()
@@ -299,7 +300,7 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
     Raises:
         ConfigError: unreadable file, unknown key, wrong type, impossible combination.
     """
-    from omegaconf import OmegaConf
+    from omegaconf import DictConfig, OmegaConf
     from omegaconf.errors import OmegaConfBaseException
     from yaml import YAMLError
 
@@ -311,14 +312,15 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
             )
     try:
         tree = OmegaConf.load(path)
-        tree = OmegaConf.merge(tree, OmegaConf.from_dotlist(overrides or []))
+        if isinstance(tree, DictConfig):
+            tree = OmegaConf.merge(tree, OmegaConf.from_dotlist(overrides or []))
         plain = OmegaConf.to_container(tree, resolve=True)
     except OSError as e:
         raise ConfigError(
             f"recipe {str(path)!r} cannot be read ({e.strerror or e}): nothing to run. "
             "Give the path of a YAML file; recipes/miniature.yaml is one."
         ) from e
-    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError, ValueError) as e:
+    except (YAMLError, OmegaConfBaseException, ValueError, TypeError) as e:
         raise ConfigError(
             f"recipe {str(path)!r} is not readable YAML, or an override does not fit it: {e} "
             "Mend that line; recipes/miniature.yaml shows the form."
@@ -363,7 +365,8 @@ def _explain(kind: type[Section], error: Any, prefix: tuple[str, ...]) -> str:
         return text if key == "recipe" or key in text else f"{key}: {text}"
     if error["type"] in ("model_type", "dict_type"):
         return f"{key}={error['input']!r}: a group of settings, not a value. Set {key}.something."
-    return f"{key}={error['input']!r}: {error['msg'].lower()}. Change it in the recipe."
+    said = error["msg"][:1].lower() + error["msg"][1:]
+    return f"{key}={error['input']!r}: {said}. Change it in the recipe."
 
 
 def _known_keys(kind: type[Section], path: tuple[Any, ...]) -> list[str]:

@@ -193,6 +193,10 @@ class Run:
         self.dir.save_model(name, roles.policy, self.tokenizer)
 
     def _evaluate(self) -> None:
+        if not self.data.eval_prompts:
+            self.reporter.line("evaluation: left out, for no demonstrations were held out for it")
+            self.dir.write_json("results.json", {"groups": [], "primary": None, "rows": []})
+            return
         evaluator = self._evaluator(self.data.eval_prompts)
         samplers = self._samplers(evaluator)
         settings = self.recipe.eval

@@ -11,6 +11,7 @@ from srppo.config import Recipe
 from srppo.data.chat import Example
 from srppo.data.demonstrations import load_demonstrations
 from srppo.data.prompts import Prompt, load_prompts
+from srppo.errors import DataError
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,11 @@ def read_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Data:
         reports["prompts"] = report.to_json()
     else:
         prompts = _prompts_of(train, tokenizer)[settings.prompts_skip :][: settings.prompts_limit]
+    if not prompts:
+        raise DataError(
+            f"data.prompts_skip={settings.prompts_skip} leaves none of the {len(train)} prompts of "
+            "the demonstrations for stage 2. Set it to 0, or set data.prompts."
+        )
     eval_prompts = _prompts_of(held_out, tokenizer)
     curve_prompts = eval_prompts[: recipe.eval.every_limit]
     if recipe.eval.prompts:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import itertools
+import sys
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +19,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from srppo.algo.masking import masked_sum
 from srppo.data.chat import Example
 from srppo.data.prompts import Prompt
-from srppo.errors import ConfigError
+from srppo.errors import ConfigError, SrppoError
 from srppo.models.batching import Sequences
 from srppo.models.scoring import score
 from srppo.rollout.hf import HFSampler, Progress
@@ -69,6 +71,8 @@ class Evaluator:
 
         `n` counts prompts, not samples: several samples of one prompt are not independent.
         """
+        if not self.prompts:
+            return []
         samples = 1 if temperature == 0 else samples
         prompts = [p for p in self.prompts for _ in range(samples)]
         rollout = sampler.sample([p.ids for p in prompts], self.seed, temperature, progress)
@@ -99,13 +103,13 @@ class Evaluator:
         }
         if self.scorer:
             rows = [{**p.meta, "prompt": p.text} for p in prompts]
-            for name, values in self.scorer(rows, texts, rollout.ended.tolist()).items():
+            for name, values in _scores(self.scorer, rows, texts, rollout.ended.tolist()).items():
                 if len(values) != len(texts):
                     raise ConfigError(
                         f"eval.scorer returned {len(values)} values of {name!r} for {len(texts)} "
                         "responses: they cannot be matched. Return one number for each response."
                     )
-                columns[f"score/{name}"] = torch.tensor([float(v) for v in values])
+                columns[f"score/{name}"] = torch.tensor(values)
         return columns
 
     def log_ratios(self, y: Sequences) -> torch.Tensor:
@@ -116,8 +120,10 @@ class Evaluator:
     def side_by_side(self, models: dict[str, HFSampler], n: int) -> list[Row]:
         """The first n prompts, groups in turn, each with every model's response, token by token."""
         by_group = [[p for p in self.prompts if _group(p) == g] for g in self.groups]
-        turns = [ps[i] for i in range(max(map(len, by_group))) for ps in by_group if i < len(ps)]
-        prompts = turns[:n]
+        turns = itertools.zip_longest(*by_group)
+        prompts = [p for turn in turns for p in turn if p is not None][:n]
+        if not prompts:
+            return []
         rows: list[Row] = [{"prompt": p.text, "group": _group(p), "responses": {}} for p in prompts]
         for name, sampler in models.items():
             rollout = sampler.sample([p.ids for p in prompts], self.seed)
@@ -176,20 +182,44 @@ def load_scorer(name: str) -> Scorer:
         )
     try:
         if module_name.endswith(".py"):
-            spec = importlib.util.spec_from_file_location(Path(module_name).stem, module_name)
+            alias = f"srppo_scorer_{Path(module_name).stem}"
+            spec = importlib.util.spec_from_file_location(alias, module_name)
             if spec is None or spec.loader is None:
                 raise ImportError(f"{module_name} is not a Python file")
             module = importlib.util.module_from_spec(spec)
+            sys.modules[alias] = module  # where dataclasses look for it
             spec.loader.exec_module(module)
         else:
             module = importlib.import_module(module_name)
         scorer: Scorer = getattr(module, function)
-    except (ImportError, AttributeError, OSError, SyntaxError) as e:
+    except Exception as e:  # importing runs the user's code, which can raise anything
         raise ConfigError(
-            f"eval.scorer={name!r} cannot be loaded ({e}): responses cannot be scored. "
-            "Give a module or file that Python can import, and a function in it."
+            f"eval.scorer={name!r} cannot be loaded ({type(e).__name__}: {e}): responses cannot "
+            "be scored. Give a module or file that Python can import, and a function in it."
         ) from e
+    if not callable(scorer):
+        raise ConfigError(
+            f"eval.scorer={name!r} is {scorer!r:.40}, not a function: responses cannot be scored. "
+            "Name a function score(rows, responses, ended)."
+        )
     return scorer
+
+
+def _scores(
+    scorer: Scorer, rows: list[Row], texts: list[str], ended: list[bool]
+) -> dict[str, list[float]]:
+    try:
+        scores = scorer(rows, texts, ended)
+        return {name: [float(v) for v in values] for name, values in scores.items()}
+    except SrppoError:
+        raise
+    except Exception as e:  # the user's code can raise anything
+        place = traceback.extract_tb(e.__traceback__)[-1]
+        raise ConfigError(
+            f"eval.scorer failed at {place.filename}:{place.lineno} ({type(e).__name__}: {e}): "
+            "responses cannot be scored. It is called as score(rows, responses, ended) and returns "
+            "{name: [one number for each response]}."
+        ) from e
 
 
 def _group(prompt: Prompt) -> str:

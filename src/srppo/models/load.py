@@ -50,8 +50,9 @@ def resolve(name: str) -> str:
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """The tokenizer of a model. Raises ModelError when there is none or it has no EOS."""
+    path = resolve(name)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(resolve(name))
+        tokenizer = AutoTokenizer.from_pretrained(path)
     except _LOAD_ERRORS as e:
         raise ModelError(_cannot_load("tokenizer", name, e)) from e
     if tokenizer.eos_token_id is None:
@@ -102,8 +103,9 @@ def pick_device(device: str) -> torch.device:
 
 def context_length(name: str) -> int | None:
     """Longest sequence that the model has positions for, in tokens; None: not stated."""
+    path = resolve(name)
     try:
-        config: Any = AutoConfig.from_pretrained(resolve(name))
+        config: Any = AutoConfig.from_pretrained(path)
     except _LOAD_ERRORS as e:
         raise ModelError(_cannot_load("configuration", name, e)) from e
     return getattr(config.get_text_config(), "max_position_embeddings", None)

@@ -48,9 +48,9 @@ def summarise(run_dirs: list[Path], against: str = "policy") -> str:
     """
     runs = [_columns(path) for path in run_dirs]
     for path, run in zip(run_dirs[1:], runs[1:], strict=True):
-        if odd := set(run) ^ set(runs[0]):
+        if odd := _measured(run) ^ _measured(runs[0]):
             raise ConfigError(
-                f"{path} and {run_dirs[0]} did not measure the same models: {sorted(odd)[0]} is in "
+                f"{path} and {run_dirs[0]} did not measure the same: {' / '.join(min(odd))} is in "
                 "one of them only, so they cannot be averaged. Summarise runs of one recipe."
             )
     keys = list(runs[0])
@@ -95,6 +95,10 @@ def _columns(path: Path) -> dict[Key, dict[str, float]]:
         columns["length"] = math.fsum(r["response_length"] for r in mine) / len(mine)
         columns["EOS"] = math.fsum(r["eos_rate"] for r in mine) / len(mine)
     return table
+
+
+def _measured(run: dict[Key, dict[str, float]]) -> set[tuple[str, str, str]]:
+    return {(*key, column) for key, columns in run.items() for column in columns}
 
 
 def _markdown(names: list[str]) -> list[str]:

@@ -41,24 +41,31 @@ class RunDir:
         wanted = recipe.model_dump(mode="json")
         with writing(path):
             path.mkdir(parents=True, exist_ok=True)
-            found = sorted(p.name for p in path.iterdir())
+            # run.json.part is what an interrupted first write leaves behind.
+            found = sorted(p.name for p in path.iterdir() if p.name != "run.json.part")
         if "run.json" in found:
             record = read_json(path / "run.json")
-            changed = _differences(record.get("recipe", {}), wanted)
+            if not isinstance(record, dict) or not {"recipe", "stages"} <= record.keys():
+                raise RunDirError(
+                    f"{path}/run.json was not written by srppo: going on could overwrite "
+                    "somebody's files. Set output_dir to a new directory."
+                )
+            changed = _differences(record["recipe"], wanted)
             if changed:
                 raise RunDirError(
                     f"{path} already holds another run: {'; '.join(changed[:3])}"
                     f"{' ...' if len(changed) > 3 else ''}. Going on would mix the two. "
                     "Set output_dir to a new directory, or delete this one."
                 )
-            return RunDir(path, record)
-        if found:
+            run = RunDir(path, record)
+        elif found:
             raise RunDirError(
                 f"{path} holds files that are not a run of srppo ({found[0]!r} first): writing "
                 "there could overwrite them. Set output_dir to a new directory."
             )
-        run = RunDir(path, {"recipe": wanted, **provenance, "stages": {}})
-        run.save_record()
+        else:
+            run = RunDir(path, {"recipe": wanted, **provenance, "stages": {}})
+            run.save_record()
         run.write_text("recipe.yaml", _yaml(wanted))
         return run
 
@@ -104,12 +111,14 @@ class RunDir:
         aside = target.with_name(target.name + ".part")
         with writing(target):
             target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.rmtree(aside, ignore_errors=True)
-            model.save_pretrained(aside)
-            tokenizer.save_pretrained(aside)
-            if target.exists():
-                shutil.rmtree(target)
-            os.replace(aside, target)
+            try:
+                model.save_pretrained(aside)
+                tokenizer.save_pretrained(aside)
+                if target.exists():
+                    shutil.rmtree(target)
+                os.replace(aside, target)
+            finally:
+                shutil.rmtree(aside, ignore_errors=True)
         return target
 
 

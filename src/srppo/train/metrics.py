@@ -21,11 +21,11 @@ class MetricsLog:
         with writing(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._file = self.path.open("w", encoding="utf-8")
-        self._board: Any = None
-        if find_spec("tensorboard"):
-            from torch.utils.tensorboard import SummaryWriter
+            self._board: Any = None
+            if find_spec("tensorboard"):
+                from torch.utils.tensorboard import SummaryWriter
 
-            self._board = SummaryWriter(str(run_dir / "tensorboard" / stage))
+                self._board = SummaryWriter(str(run_dir / "tensorboard" / stage))
 
     def log(self, step: int, values: dict[str, float]) -> None:
         """One line; numbers that JSON cannot hold (nan, inf) are written as null."""
@@ -33,10 +33,10 @@ class MetricsLog:
         with writing(self.path):
             self._file.write(json.dumps({"step": step, **finite}) + "\n")
             self._file.flush()
-        if self._board is not None:
-            for key, value in finite.items():
-                if value is not None:
-                    self._board.add_scalar(key, value, step)
+            if self._board is not None:
+                for key, value in finite.items():
+                    if value is not None:
+                        self._board.add_scalar(key, value, step)
 
     def __enter__(self) -> MetricsLog:
         return self
@@ -47,6 +47,7 @@ class MetricsLog:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._file.close()
-        if self._board is not None:
-            self._board.close()
+        with writing(self.path):
+            self._file.close()  # tries again to write what a full disk refused
+            if self._board is not None:
+                self._board.close()

@@ -239,4 +239,4 @@ def headline(title: str, step: int, total: int, metrics: Metrics) -> str:
 def _seed(seed: int, purpose: str, index: int) -> int:
     """Independent streams for each purpose and step, from the run's seed alone."""
     streams = {"data": 1, "rollout": 2, "minibatches": 3}
-    return (seed * 1_000_003 + streams[purpose]) * 1_000_003 + index
+    return ((seed * 1_000_003 + streams[purpose]) * 1_000_003 + index) % 2**63

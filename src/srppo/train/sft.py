@@ -6,6 +6,7 @@ import contextlib
 import io
 import math
 import time
+import warnings
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -51,7 +52,13 @@ def train_sft(
     accumulation = math.ceil(min(config.batch_size, len(examples)) / micro)
     steps = config.epochs * math.ceil(len(examples) / (micro * accumulation))
     model.train().requires_grad_(True)
-    with TemporaryDirectory() as scratch, reporter.bar(title, steps, "steps") as advance:
+    with (
+        TemporaryDirectory() as scratch,
+        reporter.bar(title, steps, "steps") as advance,
+        warnings.catch_warnings(),
+    ):
+        # TRL's own default of this setting already goes through its deprecated name.
+        warnings.filterwarnings("ignore", message="`gradient_checkpointing` is deprecated")
         arguments = TRLConfig(
             output_dir=scratch,
             num_train_epochs=config.epochs,
@@ -68,6 +75,7 @@ def train_sft(
             data_seed=seed,
             use_cpu=model.device.type == "cpu",
             bf16=False,
+            gradient_checkpointing=False,
             dataset_kwargs={"skip_prepare_dataset": True},
             max_length=None,
             save_strategy="no",

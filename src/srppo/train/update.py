@@ -149,4 +149,4 @@ def accumulate(roles: Roles, experience: Experience, rows: Tensor, config: PPOCo
 
 def generator(seed: int) -> torch.Generator:
     """A CPU generator of its own; the run's random numbers never depend on global state."""
-    return torch.Generator().manual_seed(seed % 2**63)
+    return torch.Generator().manual_seed(seed)

@@ -1,0 +1,102 @@
+"""Every command of the README runs: here with tiny settings, or in CI as it stands."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```(bash|python)\n(.*?)```", README, re.DOTALL)
+COMMANDS = [line for kind, text in BLOCKS if kind == "bash" for line in text.splitlines()]
+SMALL = [
+    "controls=null",
+    "data.demonstrations_limit=24",
+    "data.held_out=8",
+    "data.prompts_limit=16",
+    "ppo.steps=2",
+    "ppo.rollouts_per_step=8",
+    "ppo.minibatch_size=8",
+    "eval.limit=12",
+    "eval.every=null",
+    "audit.prompts=8",
+]
+
+
+def srppo(*arguments: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-m", "srppo", *arguments],
+        cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    run_dir = tmp_path_factory.mktemp("runs") / "miniature"
+    srppo("run", "recipes/miniature.yaml", f"output_dir={run_dir}", *SMALL)
+    return run_dir
+
+
+def test_ci_runs_the_make_targets_of_the_readme():
+    targets = {line.split()[1] for line in COMMANDS if line.startswith("make ")}
+    ci = (ROOT / ".ci" / "run").read_text() + (ROOT / "Makefile").read_text()
+    assert {"demo", "test"} <= targets
+    for target in targets:
+        if target == "check":  # CI runs its three parts one by one
+            assert "check: lint test slow" in ci
+            target = "slow"
+        assert f"make {target}" in ci
+
+
+def test_every_command_is_known():
+    for line in COMMANDS:
+        assert line.startswith(("make ", "srppo ")), f"untested README command: {line}"
+        if line.startswith("srppo "):
+            assert line in KNOWN, f"untested README command: {line}"
+
+
+KNOWN = ["srppo run recipes/laptop.yaml model.base=MODEL data.demonstrations=FILE.jsonl"]
+
+
+def test_own_model_and_data(tmp_path):
+    data = tmp_path / "mine.jsonl"
+    rows = [f'{{"prompt": "copy : {a} {b}", "response": "{a} {b}"}}' for a in "abc" for b in "def"]
+    data.write_text("\n".join([*rows, '{"prompt": "no response"}']))
+    line = KNOWN[0].replace("MODEL", "srppo:miniature").replace("FILE.jsonl", str(data))
+    out = srppo(
+        *shlex.split(line)[1:],
+        f"output_dir={tmp_path / 'run'}",
+        *SMALL,
+        "data.max_prompt_tokens=20",
+        "data.max_response_tokens=10",
+    )
+    assert "report.html" in out
+    assert (tmp_path / "run" / "policy" / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("command", ["run", "sft", "audit", "ppo"])
+def test_the_commands_of_the_table_accept_a_recipe(command, finished):
+    srppo(command, "recipes/miniature.yaml", f"output_dir={finished}", *SMALL)
+
+
+def test_report_and_summary(finished):
+    assert "report.html" in srppo("report", str(finished))
+    assert "| policy | T=1 |" in srppo("summary", str(finished))
+    table = re.findall(r"^\| `srppo (\w+)", README, re.MULTILINE)
+    assert table == ["run", "sft", "audit", "ppo", "report", "summary"]
+
+
+def test_the_python_of_the_readme(finished, monkeypatch):
+    (code,) = [text for kind, text in BLOCKS if kind == "python"]
+    settings = [f"output_dir={finished}", *SMALL]
+    small = ", ".join(repr(s) for s in settings)
+    assert '"ppo.kl_coef=0.5"' in code
+    monkeypatch.chdir(ROOT)
+    exec(code.replace('"ppo.kl_coef=0.5"', small), {})

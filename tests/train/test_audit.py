@@ -1,0 +1,280 @@
+"""The audit: what it measures is right, and it warns when, and only when, there is a reason."""
+
+import json
+
+import pytest
+import tiny
+import torch
+from enumerable import fine_tuned, tiny_llama
+from scipy.stats import mannwhitneyu
+
+from srppo.config import PPOConfig, load_recipe
+from srppo.data.chat import Example
+from srppo.errors import SrppoError
+from srppo.eval.evaluate import held_out_nll
+from srppo.models.batching import Sequences
+from srppo.progress import Reporter
+from srppo.train.audit import LAMBDAS, auc, audit, lambda_curve, top_tokens, warnings_from
+
+BUDGET = 10**6
+
+
+@pytest.fixture(scope="module")
+def pair():
+    base = tiny_llama(seed=0)
+    return base, fine_tuned(base, seed=0)
+
+
+HELD_OUT = [Example([1 + i % 4], [1 + i % 7, (3 * i) % 7, 0]) for i in range(24)]
+
+
+def curve_of(pair, **settings):
+    y = Sequences.of([e.prompt_ids for e in HELD_OUT], [e.response_ids for e in HELD_OUT])
+    return lambda_curve(*pair, y, PPOConfig(**settings))
+
+
+# --- the lambda-curve -----------------------------------------------------------------------------
+
+
+def test_the_curve_passes_through_base_at_0_and_sft_at_1(pair):
+    base, sft = pair
+    curve = curve_of(pair)
+    at = dict(zip(curve["lams"], curve["nll"], strict=True))
+    assert (
+        at[0.0]
+        == curve["nll_base"]
+        == pytest.approx(held_out_nll(base, HELD_OUT, BUDGET), rel=1e-5)
+    )
+    assert (
+        at[1.0] == curve["nll_sft"] == pytest.approx(held_out_nll(sft, HELD_OUT, BUDGET), rel=1e-5)
+    )
+    assert abs(at[0.0] - at[1.0]) > 0.1
+
+
+def test_in_between_and_beyond_it_is_the_nll_of_the_extrapolated_model(pair):
+    """Token by token with plain forwards: base + lambda (sft - base), normalised."""
+    base, sft = pair
+    curve = curve_of(pair, kl_coef=0.5)
+    total = 0.0
+    with torch.no_grad():
+        for e in HELD_OUT:
+            ids = torch.tensor([e.prompt_ids + e.response_ids])
+            b, s = (m(ids).logits[0].log_softmax(-1) for m in (base, sft))
+            mixed = (b + 3.0 * (s - b)).log_softmax(-1)[len(e.prompt_ids) - 1 : -1]
+            total -= float(mixed.gather(1, torch.tensor(e.response_ids)[:, None]).sum())
+    assert curve["nll_recipe"] == pytest.approx(total / len(HELD_OUT), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("settings", "lam"),
+    [
+        ({"kl_coef": 0.2}, 6.0),
+        ({"kl_coef": 0.5}, 3.0),
+        ({"kl_coef": 0.2, "kl_ref": "base"}, 5.0),
+        ({"kl_coef": 1.0, "kl_ref": "base"}, 1.0),
+        ({"kl_coef": 0.3}, 1 + 1 / 0.3),
+        ({"kl_coef": 0.01}, 101.0),
+    ],
+)
+def test_the_recipes_lambda_is_where_ppo_aims(pair, settings, lam):
+    """1 + 1/beta past sft, 1/beta past base; on the curve even where the grid has no such point."""
+    curve = curve_of(pair, **settings)
+    assert curve["lam_recipe"] == pytest.approx(lam)
+    place = min(range(len(curve["lams"])), key=lambda k: abs(curve["lams"][k] - lam))
+    assert curve["lams"][place] == pytest.approx(lam, rel=1e-6)
+    assert curve["nll_recipe"] == curve["nll"][place]
+    assert set(LAMBDAS) <= {round(x, 6) for x in curve["lams"]}
+    assert curve["lams"] == sorted(curve["lams"])
+
+
+def test_the_best_lambda_is_the_lowest_point(pair):
+    curve = curve_of(pair)
+    assert curve["nll"][curve["lams"].index(curve["lam_star"])] == min(curve["nll"])
+
+
+def test_the_curve_does_not_depend_on_the_batches(pair):
+    whole, cut = curve_of(pair), curve_of(pair, max_tokens_per_batch=8)
+    assert cut["nll"] == pytest.approx(whole["nll"], rel=1e-5)
+
+
+# --- separation and single tokens -----------------------------------------------------------------
+
+
+def test_auc_is_the_share_of_pairs_ranked_rightly():
+    assert auc(torch.tensor([1.0, 2.0]), torch.tensor([0.0, -1.0])) == 1.0
+    assert auc(torch.tensor([0.0]), torch.tensor([1.0])) == 0.0
+    assert auc(torch.tensor([1.0, 1.0]), torch.tensor([1.0])) == 0.5
+    # 3 above 1 and 2, 1 above nothing and level with 1: (2 + 0.5) / 4
+    assert auc(torch.tensor([3.0, 1.0]), torch.tensor([1.0, 2.0])) == pytest.approx(2.5 / 4)
+
+
+def test_auc_is_mann_whitneys_u():
+    torch.manual_seed(0)
+    a, b = torch.randn(40).round(decimals=1) + 0.3, torch.randn(30).round(decimals=1)
+    u = mannwhitneyu(a.numpy(), b.numpy()).statistic
+    assert auc(a, b) == pytest.approx(u / (40 * 30), abs=1e-6)
+
+
+def test_top_tokens_by_hand():
+    """Token 2 carries 5 of 10 nats, with both signs; padding carries none."""
+    y = Sequences.of([[1], [1]], [[2, 3, 2], [4, 2]])
+    ratios = torch.tensor([[3.0, -2.0, -1.0], [3.0, 1.0, 99.0]])
+    found = top_tokens(y, ratios * y.mask, tiny.tokenizer(), n=2)
+    assert [(t["id"], t["token"], t["count"]) for t in found] == [(2, "a", 3), (4, "c", 1)]
+    assert [t["mean"] for t in found] == pytest.approx([1.0, 3.0])
+    assert [t["share"] for t in found] == pytest.approx([0.5, 0.3])
+
+
+# --- warnings -------------------------------------------------------------------------------------
+
+
+def findings(
+    auc_sft=0.9, auc_demos=0.95, share=0.2, corr=0.1, star=4.0, nll_sft=3.0, nll_recipe=2.0
+):
+    return {
+        "separation": {"sft_vs_base_auc": auc_sft, "demonstrations_vs_base_auc": auc_demos},
+        "top_tokens": [{"token": "]", "id": 7, "count": 9, "mean": 0.3, "share": share}],
+        "length_corr": {"demonstrations": 0.99, "sft": corr, "base": 0.99},
+        "curve": {
+            "lam_star": star,
+            "lam_recipe": 6.0,
+            "nll_sft": nll_sft,
+            "nll_recipe": nll_recipe,
+        },
+    }
+
+
+REASONS = {
+    "the reward separates next to nothing": {"auc_sft": 0.55, "auc_demos": 0.52},
+    "one token dominates the reward: ']'": {"share": 0.7},
+    "length explains 64% of the reward's variance": {"corr": -0.8},
+    "nothing is left to extrapolate": {"star": 1.0},
+    "kl_coef=0.2 asks for lambda=6": {"nll_recipe": 3.5},
+}
+
+
+def test_nothing_is_said_where_nothing_is_wrong():
+    assert warnings_from(findings(), PPOConfig()) == []
+
+
+@pytest.mark.parametrize("reason", list(REASONS))
+def test_each_reason_gives_its_warning_and_no_other(reason):
+    said = warnings_from(findings(**REASONS[reason]), PPOConfig(kl_coef=0.2))
+    assert len(said) == 1
+    assert said[0].startswith(reason)
+
+
+def test_several_reasons_give_several_warnings():
+    every = {k: v for settings in REASONS.values() for k, v in settings.items()}
+    assert (
+        len(warnings_from(findings(**every), PPOConfig())) == 4
+    )  # the last two exclude each other
+
+
+def test_warnings_name_a_cure():
+    for settings in REASONS.values():
+        (warning,) = warnings_from(findings(**settings), PPOConfig())
+        assert any(key in warning for key in ("sft.", "ppo.", "train SFT"))
+
+
+def test_demonstrations_that_stand_out_are_enough_separation():
+    assert warnings_from(findings(auc_sft=0.5, auc_demos=0.9), PPOConfig()) == []
+
+
+@pytest.mark.parametrize(
+    ("ref", "cure"), [("sft", "ppo.kl_coef=0.5"), ("base", "ppo.kl_coef=0.33")]
+)
+def test_the_kl_coef_proposed_aims_at_the_best_lambda(ref, cure):
+    """lambda* = 3: beta = 1/(3 - 1) past sft, 1/3 past base."""
+    config = PPOConfig(kl_coef=0.1, kl_ref=ref)
+    (warning,) = warnings_from(findings(star=3.0, nll_recipe=9.0), config)
+    assert cure in warning
+
+
+@pytest.mark.parametrize(("corr", "word"), [(0.9, "longer"), (-0.9, "shorter")])
+def test_the_direction_in_which_length_would_drift_is_named(corr, word):
+    (warning,) = warnings_from(findings(corr=corr), PPOConfig())
+    assert word in warning
+
+
+# --- the whole audit ------------------------------------------------------------------------------
+
+
+def whole(base, sft, **settings):
+    return audit(
+        base,
+        sft,
+        tiny.tokenizer("a b c d e f"),
+        HELD_OUT,
+        PPOConfig(**settings),
+        max_response_tokens=3,
+        seed=0,
+        reporter=Reporter(quiet=True),
+    )
+
+
+def test_the_mean_reward_of_demonstrations_is_the_nll_that_sft_saved(pair):
+    found = whole(*pair)
+    saved = found["curve"]["nll_base"] - found["curve"]["nll_sft"]
+    assert found["reward"]["demonstrations"]["mean"] == pytest.approx(saved, rel=1e-4)
+
+
+def test_sft_samples_score_above_base_samples(pair):
+    """In expectation the difference is KL(sft||base) + KL(base||sft), which is never negative."""
+    found = whole(*pair)
+    assert found["prompts"] == len(HELD_OUT)
+    assert found["reward"]["sft"]["mean"] > 0 > found["reward"]["base"]["mean"]
+    assert found["separation"]["sft_vs_base_auc"] > 0.6
+
+
+def test_every_response_is_in_the_histograms(pair):
+    found = whole(*pair)
+    for distribution in found["reward"].values():
+        assert sum(distribution["histogram"]["counts"]) == len(HELD_OUT)
+        levels = list(distribution["quantiles"].values())
+        assert levels == sorted(levels)
+        edges = distribution["histogram"]["edges"]
+        assert edges[0] <= levels[0]
+        assert levels[-1] <= edges[-1]
+
+
+def test_findings_are_json_and_the_same_for_the_same_seed(pair):
+    found = whole(*pair)
+    assert json.loads(json.dumps(found, allow_nan=False)) == found
+    assert whole(*pair) == found
+
+
+def test_an_sft_model_that_did_not_move_is_found_out(pair):
+    """All rewards are zero: no division by zero, and a warning that says so."""
+    base, _ = pair
+    found = whole(base, base)
+    assert found["separation"] == {"sft_vs_base_auc": 0.5, "demonstrations_vs_base_auc": 0.5}
+    assert found["warnings"][0].startswith("the reward separates next to nothing")
+    json.dumps(found, allow_nan=False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("overrides", "quiet"),
+    [([], True), (["sft.optimizer=adamw", "sft.learning_rate=3e-4"], False)],
+    ids=["sgd", "adamw"],
+)
+def test_on_the_miniature_the_audit_is_quiet_after_sgd_and_warns_after_adamw(
+    overrides, quiet, tmp_path
+):
+    """Its recipe: gentle SFT leaves a reward worth climbing, AdamW's leaves one that misleads."""
+    from pathlib import Path
+
+    from srppo.pipeline import Run
+
+    path = Path(__file__).parents[2] / "recipes" / "miniature.yaml"
+    recipe = load_recipe(path, [f"output_dir={tmp_path}/run", *overrides])
+    run = Run(recipe, Reporter(quiet=True))
+    with pytest.raises(SrppoError, match="srppo sft"):
+        run.audit()
+    run.sft()
+    found = run.audit()
+    if quiet:
+        assert found["warnings"] == []
+    else:
+        assert any("lambda" in warning for warning in found["warnings"])

@@ -1,0 +1,194 @@
+"""Stage 1 against a hand-computed masked likelihood."""
+
+import json
+import math
+
+import pytest
+import tiny
+import torch
+
+from srppo.config import SFTConfig
+from srppo.data.chat import Example
+from srppo.progress import Reporter
+from srppo.train.metrics import MetricsLog
+from srppo.train.sft import train_sft
+
+EXAMPLES = [Example(*tiny.row(y, i)) for y in [tiny.sequences(n=10)] for i in range(10)]
+FULL_BATCH = {
+    "epochs": 1,
+    "batch_size": 10,
+    "micro_batch_size": 10,
+    "lr_schedule": "constant",
+    "warmup_fraction": 0.0,
+    "max_grad_norm": 1e6,
+}
+
+
+@pytest.fixture
+def train(tmp_path):
+    """Trains a fresh tiny model; returns it with the log's lines."""
+
+    def run(examples=EXAMPLES, seed=0, **settings):
+        model = tiny.model()
+        with MetricsLog(tmp_path, "sft") as log:
+            trained = train_sft(
+                model,
+                tiny.tokenizer(),
+                examples,
+                SFTConfig(**settings),
+                seed=seed,
+                log=log,
+                reporter=Reporter(quiet=True),
+            )
+        assert trained is model
+        text = (tmp_path / "metrics/sft.jsonl").read_text()
+        return model, [json.loads(line) for line in text.splitlines()]
+
+    return run
+
+
+def nll(model, examples):
+    """Mean over response tokens of -log pi, by plain unpadded forwards; differentiable."""
+    total = torch.tensor(0.0)
+    for e in examples:
+        ids = torch.tensor([e.prompt_ids + e.response_ids])
+        logits = model(ids).logits[0, len(e.prompt_ids) - 1 : -1].log_softmax(-1)
+        total = total - logits.gather(1, torch.tensor(e.response_ids)[:, None]).sum()
+    return total / sum(len(e.response_ids) for e in examples)
+
+
+def weights(model):
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+@pytest.mark.parametrize("micro_batch_size", [10, 5, 1])
+def test_the_first_loss_is_the_mean_nll_of_response_tokens(train, micro_batch_size):
+    """EOS included, prompts and padding not, however the batch is cut."""
+    _, lines = train(**{**FULL_BATCH, "micro_batch_size": micro_batch_size})
+    assert lines[0]["loss"] == pytest.approx(float(nll(tiny.model(), EXAMPLES)), abs=1e-4)
+
+
+def test_prompt_and_eos_would_change_that_loss():
+    """Else the test above could not tell."""
+    model = tiny.model()
+    right = float(nll(model, EXAMPLES))
+    with_prompt = [Example(e.prompt_ids[:1], e.prompt_ids[1:] + e.response_ids) for e in EXAMPLES]
+    without_eos = [Example(e.prompt_ids, e.response_ids[:-1]) for e in EXAMPLES[1::2]]
+    assert abs(float(nll(model, with_prompt)) - right) > 0.1
+    assert abs(float(nll(model, without_eos + EXAMPLES[::2])) - right) > 0.01
+
+
+@pytest.mark.parametrize("micro_batch_size", [10, 2])
+def test_an_sgd_step_follows_the_gradient_of_that_loss(train, micro_batch_size):
+    settings = {**FULL_BATCH, "micro_batch_size": micro_batch_size}
+    trained, _ = train(**settings, optimizer="sgd", learning_rate=0.1)
+    model = tiny.model()
+    nll(model, EXAMPLES).backward()
+    expected = torch.cat([(p - 0.1 * p.grad).detach().flatten() for p in model.parameters()])
+    torch.testing.assert_close(weights(trained), expected, atol=1e-6, rtol=1e-4)
+
+
+def test_a_first_adamw_step_has_the_size_of_the_learning_rate_everywhere(train):
+    """Where SGD moves in proportion to the gradient."""
+    start = weights(tiny.model())
+    moves = {}
+    for optimizer in ("adamw", "sgd"):
+        trained, _ = train(**FULL_BATCH, optimizer=optimizer, learning_rate=1e-3)
+        moves[optimizer] = (weights(trained) - start).abs()
+    assert float(moves["adamw"].max()) == pytest.approx(1e-3, rel=0.01)
+    assert float(moves["adamw"].median()) == pytest.approx(1e-3, rel=0.05)
+    assert moves["sgd"].median() < 0.1 * moves["sgd"].max()
+
+
+def test_sgd_has_momentum(train):
+    """With a constant gradient direction, the second step is longer than the first."""
+    settings = {**FULL_BATCH, "optimizer": "sgd", "learning_rate": 1e-4}
+    start = weights(tiny.model())
+    one = weights(train(**{**settings, "epochs": 1})[0]) - start
+    two = weights(train(**{**settings, "epochs": 2})[0]) - start
+    assert float(two.norm() / one.norm()) == pytest.approx(1 + 1.9, rel=0.02)
+
+
+def test_gradients_are_scaled_down_to_the_norm_asked_for(train):
+    settings = {**FULL_BATCH, "optimizer": "sgd", "learning_rate": 1.0, "max_grad_norm": 1e-3}
+    trained, lines = train(**settings)
+    assert lines[0]["grad_norm"] > 0.1  # as it was before
+    assert float((weights(trained) - weights(tiny.model())).norm()) == pytest.approx(1e-3, rel=0.01)
+
+
+def test_each_epoch_sees_every_demonstration_once_the_remainder_included(train):
+    """Ten in batches of four, at a learning rate of almost zero: token-weighted, the epoch's
+    losses average to the loss of the whole."""
+    alike = [Example(e.prompt_ids, (e.response_ids * 3)[:3]) for e in EXAMPLES]
+    settings = {**FULL_BATCH, "epochs": 2, "batch_size": 4, "micro_batch_size": 2}
+    _, lines = train(alike, **settings, optimizer="sgd", learning_rate=1e-12)
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+    whole = float(nll(tiny.model(), alike))
+    for epoch in (lines[:3], lines[3:]):
+        losses = [line["loss"] for line in epoch]
+        assert (4 * losses[0] + 4 * losses[1] + 2 * losses[2]) / 10 == pytest.approx(
+            whole, abs=1e-3
+        )
+    assert [line["loss"] for line in lines[:3]] != [line["loss"] for line in lines[3:]]
+
+
+def test_training_lowers_the_loss_and_leaves_the_model_in_eval_mode(train):
+    model, lines = train(epochs=15, batch_size=5, micro_batch_size=5, learning_rate=3e-3)
+    assert lines[-1]["loss"] < lines[0]["loss"] / 2
+    assert float(nll(model, EXAMPLES)) < float(nll(tiny.model(), EXAMPLES)) / 2
+    assert not model.training
+
+
+@pytest.mark.parametrize(
+    ("schedule", "warmup", "expected"),
+    [
+        ("constant", 0.0, [1, 1, 1, 1]),
+        ("constant", 0.5, [0, 0.5, 1, 1]),
+        ("linear", 0.0, [1, 0.75, 0.5, 0.25]),
+        ("cosine", 0.0, [(1 + math.cos(math.pi * k / 4)) / 2 for k in range(4)]),
+    ],
+)
+def test_learning_rates_follow_the_schedule(train, schedule, warmup, expected):
+    settings = {**FULL_BATCH, "epochs": 4, "lr_schedule": schedule, "warmup_fraction": warmup}
+    _, lines = train(**settings, learning_rate=1e-4)
+    rates = [line["learning_rate"] / 1e-4 for line in lines]
+    assert rates == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_a_seed_decides_the_weights(train, optimizer):
+    settings = {"batch_size": 4, "micro_batch_size": 4, "optimizer": optimizer}
+    (one, lines), (two, same), (other, _) = (
+        train(seed=s, learning_rate=1e-2, **settings) for s in (1, 1, 2)
+    )
+    assert torch.equal(weights(one), weights(two))
+    assert not torch.equal(weights(one), weights(other))
+    timeless = [
+        [{k: v for k, v in x.items() if k != "time/seconds"} for x in l] for l in (lines, same)
+    ]
+    assert timeless[0] == timeless[1]
+
+
+def test_fewer_demonstrations_than_a_batch_are_one_batch(train):
+    _, lines = train(EXAMPLES[:3], batch_size=128, micro_batch_size=8, epochs=2)
+    assert [line["step"] for line in lines] == [1, 2]
+    assert lines[0]["loss"] == pytest.approx(float(nll(tiny.model(), EXAMPLES[:3])), abs=1e-4)
+
+
+def test_a_line_says_where_the_run_is(train):
+    _, lines = train(**{**FULL_BATCH, "epochs": 2})
+    assert [line["epoch"] for line in lines] == [1.0, 2.0]
+    for line in lines:
+        assert {
+            "step",
+            "epoch",
+            "loss",
+            "learning_rate",
+            "grad_norm",
+            "time/seconds",
+        } <= line.keys()
+
+
+def test_nothing_is_printed_on_stdout(train, capsys):
+    train(**FULL_BATCH)
+    assert capsys.readouterr().out == ""
