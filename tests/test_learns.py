@@ -6,8 +6,8 @@ J* and pi* come from `enumerable`, which shares nothing with the trainer but the
 from __future__ import annotations
 
 import pytest
-from enumerable import EOS, LENGTH, PROMPTS, exact, fine_tuned, tiny_llama
 
+from enumerable import EOS, LENGTH, PROMPTS, exact, fine_tuned, tiny_llama
 from srppo.config import PPOConfig
 from srppo.models.roles import Roles
 from srppo.progress import Reporter

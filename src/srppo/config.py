@@ -110,7 +110,8 @@ class PPOConfig(Section):
     """Stage 2: maximise E[r(x,y) - kl_coef KL(pi_theta || pi_ref)] on prompts alone."""
 
     estimator: Literal["ppo", "rloo"] = "ppo"
-    """`ppo`: critic and GAE. `rloo`: leave-one-out over responses of one prompt, no critic."""
+    """`ppo`: critic and GAE. `rloo`: leave-one-out over responses of one prompt, no critic; the
+    whole response then has one advantage, whatever credit, gamma and gae_lambda say."""
     steps: Positive | None = None
     """Updates of the policy; null: one pass over the prompts."""
     rollouts_per_step: Positive = 1024
@@ -227,7 +228,10 @@ class ControlConfig(Section):
     def _one_thing(self) -> ControlConfig:
         given = [k for k in ("sft", "ppo", "extrapolate") if getattr(self, k) is not None]
         if len(given) != 1:
-            raise ValueError(f"gives {given or 'nothing'}; exactly one of sft, ppo, extrapolate")
+            raise ValueError(
+                f"gives {' and '.join(given) or 'nothing'}, so what to do is not clear. "
+                "Give exactly one of sft, ppo, extrapolate."
+            )
         return self
 
 
@@ -268,7 +272,15 @@ class Recipe(Section):
             )
         for name, control in self.controls.items():
             if name in ("base", "sft", "policy"):
-                raise ValueError(f"controls.{name}: the name is taken; choose another")
+                raise ValueError(
+                    f"controls.{name}: the run's own model has that name, so the table could not "
+                    "tell them apart. Choose another."
+                )
+            if control.sft is not None and not self.data.demonstrations:
+                raise ValueError(
+                    f"controls.{name}.sft trains on demonstrations, and data.demonstrations is not "
+                    "set. Set it, or leave the control out."
+                )
             for section in ("sft", "ppo"):
                 if changes := getattr(control, section):
                     kind, merged = self._changed(section, changes)

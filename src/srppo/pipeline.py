@@ -125,8 +125,6 @@ class Run:
 
     def report(self) -> Path:
         """The HTML page."""
-        self.dir.record["finished"] = now()
-        self.dir.save_record()
         return build(self.dir.path)
 
     def all(self) -> dict[str, Any]:
@@ -135,6 +133,8 @@ class Run:
         self.ppo()
         self.controls()
         results = self.evaluate()
+        self.dir.record["finished"] = now()
+        self.dir.save_record()
         self.report()
         return results
 

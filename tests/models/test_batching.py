@@ -3,9 +3,9 @@
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny import row, sequences
 
 from srppo.models.batching import Sequences, make_batch, microbatches, pad_left, positions
+from tiny import row, sequences
 
 CPU = torch.device("cpu")
 

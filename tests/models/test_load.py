@@ -4,10 +4,10 @@ import json
 import shutil
 
 import pytest
-import tiny
 import torch
 from safetensors.torch import load_file, save_file
 
+import tiny
 from srppo.errors import ModelError
 from srppo.miniature import BASE
 from srppo.models.load import (
@@ -164,7 +164,7 @@ def test_local_names_are_not_looked_up_on_the_hub(name):
 
 def test_hub_names_that_cannot_be_reached(offline):
     for load in (load_model, load_tokenizer, context_length):
-        with pytest.raises(ModelError, match="no-such-owner/model.*hub name"):
+        with pytest.raises(ModelError, match=r"no-such-owner/model.*hub name"):
             load("no-such-owner/model")
 
 
@@ -175,7 +175,7 @@ def test_only_the_packaged_model_goes_by_a_name_of_ours():
 
 @pytest.mark.parametrize("device", ["cuda:99", "nonsense", ""])
 def test_devices_that_are_not_there(device):
-    with pytest.raises(ModelError, match="model.device=") as error:
+    with pytest.raises(ModelError, match=r"model\.device=") as error:
         pick_device(device)
     assert "auto" in str(error.value)
     assert str(error.value).count("\n") == 0
@@ -199,7 +199,7 @@ def test_a_tokenizer_without_eos_is_refused(directory):
 @pytest.mark.parametrize("damage", [lambda f: f.unlink(), lambda f: f.write_text("{")])
 def test_a_tokenizer_that_is_missing_or_broken(damage, directory):
     damage(directory / "tokenizer.json")
-    with pytest.raises(ModelError, match="tokenizer of .* cannot be loaded"):
+    with pytest.raises(ModelError, match=r"tokenizer of .* cannot be loaded"):
         load_tokenizer(str(directory))
 
 

@@ -1,8 +1,8 @@
 """Who trains and who does not."""
 
-import tiny
 import torch
 
+import tiny
 from srppo.models.roles import Roles
 
 

@@ -3,9 +3,9 @@
 from dataclasses import replace
 
 import pytest
-import tiny
 import torch
 
+import tiny
 from srppo.models.batching import make_batch
 from srppo.models.scoring import batch_logprobs, response_logits, score
 

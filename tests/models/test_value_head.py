@@ -3,9 +3,9 @@
 import math
 
 import pytest
-import tiny
 import torch
 
+import tiny
 from srppo.models.batching import make_batch
 from srppo.models.value_head import ValueModel, values_of
 

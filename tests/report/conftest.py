@@ -208,7 +208,6 @@ def _results() -> dict:
                     "response_length": 7.3 if model == "policy" else 7.9,
                     "eos_rate": done,
                     "reward": {"base": -0.8, "sft": 0.6, "policy": 1.87}.get(model, 1.1),
-                    "kl_sft": 2.3 if model == "policy" else None,
                 }
             )
     nll = {"base": 3.07, "sft": 1.39, "policy": 0.41}

@@ -1,11 +1,11 @@
 """The sampler draws from the model's own distribution, whatever the batch around a response."""
 
 import pytest
-import tiny
 import torch
-from enumerable import EOS, LENGTH, VOCAB, fine_tuned, tiny_llama
 from scipy.stats import chisquare
 
+import tiny
+from enumerable import EOS, LENGTH, VOCAB, fine_tuned, tiny_llama
 from srppo.algo.optimum import enumerate_responses
 from srppo.models.scoring import score
 from srppo.rollout.hf import HFSampler

@@ -3,11 +3,11 @@
 import json
 
 import pytest
-import tiny
 import torch
-from enumerable import fine_tuned, tiny_llama
 from scipy.stats import mannwhitneyu
 
+import tiny
+from enumerable import fine_tuned, tiny_llama
 from srppo.config import PPOConfig, load_recipe
 from srppo.data.chat import Example
 from srppo.errors import SrppoError

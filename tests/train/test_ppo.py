@@ -4,10 +4,10 @@ import json
 import math
 
 import pytest
-import tiny
 import torch
-from enumerable import EOS, LENGTH, PROMPTS, fine_tuned, tiny_llama
 
+import tiny
+from enumerable import EOS, LENGTH, PROMPTS, fine_tuned, tiny_llama
 from srppo.config import PPOConfig
 from srppo.errors import DataError
 from srppo.models.batching import Sequences

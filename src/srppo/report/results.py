@@ -32,8 +32,8 @@ class Table:
     """(model, decoding, cells of each group); the model is empty where it repeats."""
     unbounded: list[str]
     """Scores that are not shares, so that they have no interval."""
-    other: list[tuple[str, str, str, str, str, str]]
-    """(model, decoding, group, n, reward, KL to sft)."""
+    other: list[tuple[str, str, str, str, str]]
+    """(model, decoding, group, n, reward)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,10 +77,9 @@ def table(results: Json | None) -> Table | None:
             row["group"],
             plain(number(row.get("n"))),
             fixed(number(row.get("reward")), 2),
-            fixed(number(row.get("kl_sft")), 2),
         )
         for row in rows
-        if number(row.get("reward")) is not None or number(row.get("kl_sft")) is not None
+        if number(row.get("reward")) is not None
     ]
     unbounded = [name.replace("_", " ") for name, share in shares.items() if not share]
     return Table(heads=heads, rows=lines, unbounded=unbounded, other=other)

@@ -92,7 +92,7 @@ def train_ppo(
             if not metrics["kl_ref"] <= config.max_kl:  # NaN stops it, too
                 log.log(step, metrics)
                 return (
-                    f"KL to {config.kl_ref} is {metrics['kl_ref']:.1f} nats a response at step "
+                    f"KL to {config.kl_ref} is {metrics['kl_ref']:.3g} nats a response at step "
                     f"{step}, above ppo.max_kl={config.max_kl}: stopped, policy kept as it is."
                 )
             experience = Experience(rollout.sequences, scores.policy, values, advantages, returns)

@@ -9,14 +9,16 @@ import torch
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 from torch.optim import AdamW
+from transformers import PreTrainedModel
 
 from srppo.algo.kl import k3
 from srppo.algo.loss import clip_fraction, clipped_policy_loss, clipped_value_loss
 from srppo.algo.masking import masked_mean, masked_sum
 from srppo.config import PPOConfig
-from srppo.models.batching import Sequences, microbatches
+from srppo.models.batching import Batch, Sequences, microbatches
 from srppo.models.roles import Roles
 from srppo.models.scoring import batch_logprobs
+from srppo.models.value_head import ValueModel
 
 Metrics = dict[str, float]
 
@@ -99,8 +101,9 @@ def update(
     for _ in range(config.epochs):
         order = torch.randperm(len(experience.sequences), generator=shuffle)
         for rows in order.split(config.minibatch_size):
-            metrics = accumulate(roles, experience, rows, config)
-            move_policy &= metrics["update_kl"] <= (config.update_kl_limit or math.inf)
+            metrics = accumulate(roles, experience, rows, config, move_policy)
+            if move_policy:
+                move_policy = metrics["update_kl"] <= (config.update_kl_limit or math.inf)
             metrics |= optimizers.step(move_policy)
             for key, value in metrics.items():
                 stats.setdefault(key, []).append(value)
@@ -108,43 +111,60 @@ def update(
     return {**means, "learning_rate": float(optimizers.policy.param_groups[0]["lr"])}
 
 
-def accumulate(roles: Roles, experience: Experience, rows: Tensor, config: PPOConfig) -> Metrics:
-    """Add the gradients of one minibatch; the statistics are means over its response tokens."""
-    y, mask = experience.sequences, experience.sequences.mask
-    n_tokens = int(mask[rows].sum())
-    value_clip = config.value_clip * float(experience.returns[mask].std(correction=0))
-    totals = {"policy_loss": 0.0, "clip_fraction": 0.0, "update_kl": 0.0}
+def accumulate(
+    roles: Roles, experience: Experience, rows: Tensor, config: PPOConfig, policy_too: bool = True
+) -> Metrics:
+    """Add the gradients of one minibatch; statistics are means over its response tokens."""
+    metrics = _accumulate_policy(roles.policy, experience, rows, config) if policy_too else {}
     if roles.critic:
-        totals["value_loss"] = 0.0
-    for batch in microbatches(y, rows, config.max_tokens_per_batch, roles.policy.device):
-        T, mask = batch.mask.shape[1], batch.mask
-        share = float(mask.sum()) / n_tokens
-        old, old_values, advantages, returns = (
-            x[batch.rows, :T].to(mask.device)
-            for x in (
-                experience.logprobs,
-                experience.values,
-                experience.advantages,
-                experience.returns,
-            )
+        metrics |= _accumulate_critic(roles.critic, experience, rows, config)
+    return metrics
+
+
+def _accumulate_policy(
+    policy: PreTrainedModel, experience: Experience, rows: Tensor, config: PPOConfig
+) -> Metrics:
+    n_tokens = int(experience.sequences.mask[rows].sum())
+    totals = {"policy_loss": 0.0, "clip_fraction": 0.0, "update_kl": 0.0}
+    for batch in microbatches(
+        experience.sequences, rows, config.max_tokens_per_batch, policy.device
+    ):
+        mask = batch.mask
+        old, advantages = (
+            _padded_rows(x, batch) for x in (experience.logprobs, experience.advantages)
         )
-        new = batch_logprobs(roles.policy, batch)
+        new = batch_logprobs(policy, batch)
         loss = masked_sum(clipped_policy_loss(new, old, advantages, config.clip, mask), mask)
         loss = loss / n_tokens
         loss.backward()
-        new = new.detach()
+        new, share = new.detach(), float(mask.sum()) / n_tokens
         totals["policy_loss"] += float(loss.detach())
         totals["clip_fraction"] += share * float(clip_fraction(new, old, mask, config.clip))
         totals["update_kl"] += share * float(masked_mean(k3(old, new), mask))
-        if roles.critic:
-            values = roles.critic(batch)
-            loss = masked_sum(
-                clipped_value_loss(values, old_values, returns, value_clip, mask), mask
-            )
-            loss = loss / (n_tokens * roles.critic.scale**2)  # in the head's own units
-            loss.backward()
-            totals["value_loss"] += float(loss.detach())
     return totals
+
+
+def _accumulate_critic(
+    critic: ValueModel, experience: Experience, rows: Tensor, config: PPOConfig
+) -> Metrics:
+    mask = experience.sequences.mask
+    n_tokens = int(mask[rows].sum())
+    value_clip = config.value_clip * float(experience.returns[mask].std(correction=0))
+    total = 0.0
+    for batch in microbatches(
+        experience.sequences, rows, config.max_tokens_per_batch, critic.device
+    ):
+        old, returns = (_padded_rows(x, batch) for x in (experience.values, experience.returns))
+        losses = clipped_value_loss(critic(batch), old, returns, value_clip, batch.mask)
+        loss = masked_sum(losses, batch.mask) / (n_tokens * critic.scale**2)  # in its own units
+        loss.backward()
+        total += float(loss.detach())
+    return {"value_loss": total}
+
+
+def _padded_rows(x: Tensor, batch: Batch) -> Tensor:
+    """The batch's rows of an (N, T) tensor, cut to its (b, T') and on its device."""
+    return x[batch.rows, : batch.mask.shape[1]].to(batch.mask.device)
 
 
 def generator(seed: int) -> torch.Generator:
