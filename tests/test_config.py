@@ -222,6 +222,7 @@ def test_controls_that_are_refused(controls, words):
         ({"ppo": {"estimator": "grpo"}}, "input should be 'ppo' or 'rloo'"),
         ({"eval": {"temperatures": [-1.0]}}, "eval.temperatures.0=-1.0"),
         ({"seed": -1}, "seed=-1"),
+        ({"seed": 2**32}, "seed=4294967296: input should be less than 4294967296"),
         ({"name": 5}, "name=5: input should be a valid string"),
         ({"ppo": 5}, "ppo=5: a group of settings, not a value. Set ppo.something."),
         ({"ppo": None}, "ppo=None: a group of settings, not a value."),

@@ -28,6 +28,10 @@ def start(recipe: str | Path, *overrides: str) -> Run:
         SrppoError: whatever can be known to fail before anything is trained.
     """
     from srppo.config import load_recipe  # late: `import srppo` stays free of torch
-    from srppo.pipeline import Run
 
-    return Run(load_recipe(recipe, list(overrides)), source=str(recipe))
+    checked = load_recipe(recipe, list(overrides))
+    from srppo.pipeline import (
+        Run,
+    )  # later still: seconds, and a mistake in the recipe is told first
+
+    return Run(checked, source=str(recipe))
