@@ -2,6 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 SEEDS ?= 0 1 2 3 4
+export OMP_WAIT_POLICY ?= PASSIVE
 
 .PHONY: install demo table test slow lint check bench clean
 

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
+import os
+
+# Sums depend on how many threads share them, and bytes are compared between processes. One thread
+# is faster, too, where the models are tiny or the cores are shared. Before torch is imported.
+os.environ["OMP_NUM_THREADS"] = "1"
+
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
-
-
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    """Sums depend on how many threads share them: fixed where bytes are compared."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

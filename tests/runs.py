@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-import os
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -106,14 +105,8 @@ def timeless(path: Path) -> list[dict[str, Any]]:
 
 
 def python(*arguments: str) -> Done:
-    """A Python process of its own, on one thread."""
-    done = subprocess.run(
-        [sys.executable, *arguments],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        check=False,
-    )
+    """A Python process of its own."""
+    done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, check=False)
     return Done(done.returncode, done.stdout, done.stderr)
 
 

@@ -196,9 +196,7 @@ def test_samples_stand_side_by_side_for_the_runs_own_models(finished):
 # --- repeating and going on -----------------------------------------------------------------------
 
 
-def test_the_same_seed_gives_the_same_bytes_in_another_process_and_directory(
-    finished, tmp_path, one_thread
-):
+def test_the_same_seed_gives_the_same_bytes_in_another_process_and_directory(finished, tmp_path):
     path, _ = finished
     done = srppo_command("run", write_recipe(tmp_path, controls=CONTROLS))
     assert done.code == 0, done.err
@@ -213,7 +211,7 @@ def test_the_same_seed_gives_the_same_bytes_in_another_process_and_directory(
         assert timeless(again / name) == timeless(path / name)
 
 
-def test_another_seed_gives_another_model(finished, tmp_path, one_thread):
+def test_another_seed_gives_another_model(finished, tmp_path):
     path, _ = finished
     run = start(tmp_path, "seed=4")
     run.sft()
@@ -236,7 +234,7 @@ def test_a_finished_run_is_not_run_again(finished):
     assert {p: (p.stat().st_mtime_ns, p.read_bytes()) for p in before} == before
 
 
-def test_stage_by_stage_is_the_same_run(finished, tmp_path, one_thread):
+def test_stage_by_stage_is_the_same_run(finished, tmp_path):
     """sft, audit, ppo, run: each goes on where the one before stopped."""
     path, _ = finished
     recipe = write_recipe(tmp_path)
@@ -271,7 +269,7 @@ def test_stage_by_stage_is_the_same_run(finished, tmp_path, one_thread):
 
 
 def test_a_run_that_was_interrupted_goes_on_with_the_stage_it_was_in(
-    finished, tmp_path, one_thread, monkeypatch
+    finished, tmp_path, monkeypatch
 ):
     path, _ = finished
     recipe, run = write_recipe(tmp_path), tmp_path / "run"
@@ -292,7 +290,7 @@ def test_a_run_that_was_interrupted_goes_on_with_the_stage_it_was_in(
     assert weights(run / "policy") == weights(path / "policy")
 
 
-def test_an_sft_model_of_ones_own_takes_the_place_of_stage_1(finished, tmp_path, one_thread):
+def test_an_sft_model_of_ones_own_takes_the_place_of_stage_1(finished, tmp_path):
     """Given what stage 1 would have made, stage 2 makes the same policy."""
     path, _ = finished
     run = start(tmp_path, model={"sft": str(path / "sft")})

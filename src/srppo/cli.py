@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -96,6 +97,9 @@ def _start(recipe: str, overrides: list[str] | None) -> Run:
 
 def main() -> None:
     """Entry point. Errors that a user can meet end with exit code 2 and no traceback."""
+    # Idle OpenMP threads sleep instead of spinning: on a machine with other work to do, spinning
+    # makes a run 3 to 10 times slower (docs/LOG.md). Read when torch is first imported.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         app()
     except SrppoError as e:

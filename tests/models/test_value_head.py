@@ -39,6 +39,13 @@ def test_a_zero_head_gives_the_mean_return_everywhere(critic):
     assert torch.equal(values, torch.where(y.mask, 5.0, 0.0))
 
 
+def test_the_heads_unit_is_a_standard_deviation_of_the_returns(critic):
+    y = tiny.sequences()
+    critic.calibrate(torch.tensor([3.0, 7.0]), torch.tensor([True, True]))
+    critic.head.bias.data.fill_(1.5)
+    assert torch.equal(values_of(critic, y, ONE_BATCH), torch.where(y.mask, 5.0 + 1.5 * 2.0, 0.0))
+
+
 def test_calibration_reads_response_tokens_only(critic):
     returns = torch.tensor([[3.0, 7.0, math.nan]])
     critic.calibrate(returns, returns.isfinite())

@@ -225,6 +225,8 @@ def test_the_kl_limit_of_an_update_stops_the_policy_and_not_the_critic(roles, ex
         optimizers = Optimizers(fresh, config)
         update(fresh, experience, optimizers, config, generator(0))
         taken[config] = (steps_taken(optimizers.policy), steps_taken(optimizers.critic))
+        # the gradient that was over the limit does not wait for the next rollout
+        assert all(p.grad is None for p in fresh.policy.parameters())
     assert taken[free] == (10, 10)
     policy_steps, critic_steps = taken[bounded]
     assert 1 <= policy_steps < 10
