@@ -97,9 +97,9 @@ def _start(recipe: str, overrides: list[str] | None) -> Run:
 
 def main() -> None:
     """Entry point. Errors that a user can meet end with exit code 2 and no traceback."""
-    # Idle OpenMP threads sleep instead of spinning: on a machine with other work to do, spinning
-    # makes a run 3 to 10 times slower (docs/LOG.md). Read when torch is first imported.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # Threads that wait for each other spin for a while, by default so long that a run beside other
+    # work takes 6 to 20 times as long (docs/LOG.md). Read when torch is first imported.
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     try:
         app()
     except SrppoError as e:

@@ -136,7 +136,7 @@ def test_the_seed_decides_the_rows():
 def test_ppo_prompts_are_not_the_demonstrations_again():
     demonstrated = {row["prompt"] for row in world.demonstrations(0)}
     shared = sum(row["prompt"] in demonstrated for row in world.prompts(0))
-    assert shared < 100
+    assert shared < 200  # of 2000: the families are small, and both draw at random
 
 
 @pytest.mark.parametrize(
