@@ -376,7 +376,7 @@ def test_prompts_default_to_those_of_the_demonstrations_and_the_overlap_says_so(
     run = start(tmp_path, data={"prompts": None, "prompts_limit": 10})
     trained_on = [e.prompt_ids for e in run.data.train]
     assert [p.ids for p in run.data.prompts] == trained_on[:10]
-    assert run.data.reports["overlap"] == {"exact": 10, "of": 10}
+    assert run.data.reports["overlap"] == {"exact": 10, "evaluated": 0, "of": 10}
 
 
 def test_a_policy_that_ran_away_is_recorded(tmp_path):
@@ -398,3 +398,55 @@ def test_prompts_that_are_all_skipped_are_noticed_before_anything_is_trained(tmp
     with pytest.raises(DataError, match=r"prompts_skip=16 .* none of the 16 prompts"):
         start(tmp_path, data={"prompts": None, "prompts_skip": 16})
     assert not (tmp_path / "run").exists()
+
+
+# --- going on with what there is ------------------------------------------------------------------
+
+
+def test_evaluation_is_done_again_when_there_are_more_models(tmp_path):
+    run = start(tmp_path, controls={"lambda-1": {"extrapolate": 1.0}}, eval={"every": None})
+    run.sft()
+    first = run.evaluate()
+    assert {r["model"] for r in first["rows"]} == {"base", "sft", "lambda-1"}
+    run.ppo()
+    again = start(tmp_path, controls={"lambda-1": {"extrapolate": 1.0}}, eval={"every": None})
+    assert {r["model"] for r in again.evaluate()["rows"]} == {"base", "sft", "policy", "lambda-1"}
+
+
+def test_a_run_does_not_go_on_with_other_data(tmp_path):
+    data = tmp_path / "mine.jsonl"
+    rows = [json.dumps({"prompt": f"copy : {a}", "response": a}) for a in "abcdef123456"]
+    data.write_text("\n".join(rows))
+    settings = {
+        "data": {"demonstrations": str(data), "prompts": None, "demonstrations_limit": None},
+        "eval": {"prompts": None, "scorer": None},
+    }
+    start(tmp_path, **settings).sft()
+    start(tmp_path, **settings)
+    data.write_text("\n".join(rows[::-1]))
+    with pytest.raises(RunDirError, match=r"not what .* began with.*output_dir"):
+        start(tmp_path, **settings)
+
+
+def test_prompts_that_were_trained_on_are_not_held_out(tmp_path):
+    data = tmp_path / "mine.jsonl"
+    rows = [{"prompt": f"copy : {a}", "response": b} for a in "abcdef" for b in "123456"]
+    data.write_text("\n".join(map(json.dumps, rows)))
+    run = start(
+        tmp_path,
+        data={"demonstrations": str(data), "prompts": None, "demonstrations_limit": 4},
+        eval={"prompts": None, "scorer": None, "every": None},
+    )
+    trained = {tuple(e.prompt_ids) for e in run.data.train}
+    assert not any(tuple(e.prompt_ids) in trained for e in run.data.held_out)
+    assert run.data.reports["overlap"]["evaluated"] == 0
+
+
+def test_what_is_trained_is_float32_also_beside_bfloat16_models(tmp_path):
+    run = start(tmp_path, model={"dtype": "bfloat16"}, eval={"every": None})
+    run.sft()
+    run.ppo()
+    assert run.base.dtype == run.pi_sft.dtype == torch.bfloat16
+    for name in ("sft", "policy"):
+        weights = load_file(run.dir.path / name / "model.safetensors")
+        assert {w.dtype for w in weights.values()} == {torch.float32}

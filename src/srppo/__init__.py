@@ -2,7 +2,7 @@
 
 import srppo
 run = srppo.start("recipes/miniature.yaml", "ppo.kl_coef=0.5")
-run.all()                      # or run.sft(), run.audit(), run.ppo(), run.evaluate(), run.report()
+run.all()  # or run.sft(), run.ppo(), run.controls(), run.evaluate(), run.report()
 """
 
 from __future__ import annotations

@@ -40,7 +40,7 @@ class ModelConfig(Section):
     sft: str | None = None
     """An SFT checkpoint made elsewhere; stage 1 is then skipped."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Number format of the weights; log-probabilities are float32 either way."""
+    """Number format of frozen models; what is trained, and log-probabilities, are float32."""
     device: str = "auto"
     """`auto` (CUDA if there is one), `cpu`, `cuda`, `cuda:1`."""
 

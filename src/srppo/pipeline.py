@@ -8,18 +8,17 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
 import transformers
 from transformers import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from srppo.config import PPOConfig, Recipe, SFTConfig
 from srppo.data.chat import apply_template
-from srppo.data.load import read_data
+from srppo.data.load import fingerprint, read_data
 from srppo.data.prompts import Prompt
 from srppo.errors import ConfigError, RunDirError
 from srppo.eval.evaluate import Evaluator, Row, held_out_nll, load_scorer
@@ -55,6 +54,7 @@ class Run:
         self.scorer = load_scorer(recipe.eval.scorer) if recipe.eval.scorer else None
         self.data = read_data(recipe, self.tokenizer)
         self.dir = RunDir.open(recipe, {"name": recipe.name, **provenance(recipe, source)})
+        self._check_same_data()
         self.dir.write_json("data.json", self.data.reports)
         self._say_data()
 
@@ -116,10 +116,14 @@ class Run:
                     self._train_ppo(f"controls/{name}", f"controls/{name}", changed.ppo, None)
 
     def evaluate(self) -> dict[str, Any]:
-        """Every model at every temperature; results.json and samples.jsonl."""
-        with self._stage("eval") as todo:
+        """Every model there is at every temperature; results.json and samples.jsonl.
+
+        Done again when there are other models than the last time.
+        """
+        names = self._measurable()
+        with self._stage("eval", models=names) as todo:
             if todo:
-                self._evaluate()
+                self._evaluate(names)
         results: dict[str, Any] = self.dir.read_json("results.json")
         return results
 
@@ -133,8 +137,9 @@ class Run:
         self.ppo()
         self.controls()
         results = self.evaluate()
-        self.dir.record["finished"] = now()
-        self.dir.save_record()
+        if self.dir.record["finished"] is None:
+            self.dir.record["finished"] = now()
+            self.dir.save_record()
         self.report()
         return results
 
@@ -145,9 +150,7 @@ class Run:
             raise ConfigError(
                 "data.demonstrations is not set: stage 1 has nothing to train on. Set it."
             )
-        model = load_model(
-            self.recipe.model.base, self.recipe.model.dtype, self.recipe.model.device
-        )
+        model = load_model(self.recipe.model.base, "float32", self.recipe.model.device)
         with MetricsLog(self.dir.path, name) as log:
             train_sft(
                 model,
@@ -173,6 +176,7 @@ class Run:
             roles.policy,
             eos_token_id=self.tokenizer.eos_token_id,
             max_new_tokens=self.recipe.data.max_response_tokens,
+            max_tokens_per_batch=config.max_tokens_per_batch,
         )
         with MetricsLog(self.dir.path, metrics_name) as log:
             stopped = train_ppo(
@@ -192,66 +196,61 @@ class Run:
             self.dir.record.setdefault("stopped", {})[name] = stopped
         self.dir.save_model(name, roles.policy, self.tokenizer)
 
-    def _evaluate(self) -> None:
+    def _evaluate(self, names: list[str]) -> None:
         if not self.data.eval_prompts:
             self.reporter.line("evaluation: left out, for no demonstrations were held out for it")
             self.dir.write_json("results.json", {"groups": [], "primary": None, "rows": []})
             return
         evaluator = self._evaluator(self.data.eval_prompts)
-        samplers = self._samplers(evaluator)
-        settings = self.recipe.eval
-        per_temperature = [
-            1 if t == 0 else settings.samples_per_prompt for t in settings.temperatures
-        ]
-        total = len(samplers) * len(self.data.eval_prompts) * sum(per_temperature)
+        settings, budget = self.recipe.eval, self.recipe.ppo.max_tokens_per_batch
+        draws = [1 if t == 0 else settings.samples_per_prompt for t in settings.temperatures]
+        total = len(names) * len(self.data.eval_prompts) * sum(draws)
         rows: list[Row] = []
+        nll: dict[str, float] = {}
+        shown: dict[str, HFSampler] = {}
         with self.reporter.bar("evaluation", total, "responses") as advance:
-            for name, make in samplers.items():
-                sampler = make()
+            for name in names:
+                sampler = self._sampler(name, evaluator)
                 for temperature in settings.temperatures:
                     measured = evaluator.measure(
                         sampler, temperature, settings.samples_per_prompt, advance
                     )
                     decoding = f"T={temperature:g}" if temperature else "greedy"
                     rows += [{"model": name, "decoding": decoding, **row} for row in measured]
-        nll = {}
-        budget = self.recipe.ppo.max_tokens_per_batch
-        for name, make in samplers.items():
-            model = make().models
-            if self.data.held_out and len(model) == 1:
-                nll[name] = held_out_nll(model[0], self.data.held_out, budget)
-        names = list(rows[0]["scores"]) if rows else []
+                if self.data.held_out and len(sampler.models) == 1:
+                    nll[name] = held_out_nll(sampler.models[0], self.data.held_out, budget)
+                if name in ("base", "sft", "policy"):
+                    shown[name] = sampler
+        scores = list(rows[0]["scores"])
         self.dir.write_json(
             "results.json",
             {
                 "groups": evaluator.groups,
-                "primary": names[0] if names else None,
+                "primary": scores[0] if scores else None,
                 "held_out_nll": nll or None,
                 "rows": rows,
             },
         )
-        main = {n: make() for n, make in samplers.items() if n in ("base", "sft", "policy")}
-        self.dir.write_jsonl("samples.jsonl", evaluator.side_by_side(main, settings.side_by_side))
+        self.dir.write_jsonl("samples.jsonl", evaluator.side_by_side(shown, settings.side_by_side))
 
-    def _samplers(self, evaluator: Evaluator) -> dict[str, Callable[[], HFSampler]]:
-        """Name -> how to get its sampler; models are loaded one at a time."""
-        made: dict[str, Callable[[], HFSampler]] = {
-            "base": lambda: evaluator.sampler(self.base),
-            "sft": lambda: evaluator.sampler(self.pi_sft),
-        }
+    def _measurable(self) -> list[str]:
+        """Names of the models that there are by now."""
+        names = ["base", "sft"] + (["policy"] if self.dir.is_done("ppo") else [])
+        return names + [
+            name
+            for name, control in self.recipe.controls.items()
+            if control.extrapolate is not None or self.dir.is_done(f"controls/{name}")
+        ]
 
-        def trained(path: Path) -> HFSampler:
-            return evaluator.sampler(self._load(path))
-
-        if self.dir.is_done("ppo"):
-            made["policy"] = partial(trained, self.dir.path / "policy")
-        for name, control in self.recipe.controls.items():
-            if control.extrapolate is not None:
-                lam = control.extrapolate
-                made[name] = partial(evaluator.sampler, self.pi_sft, self.base, lam)
-            elif self.dir.is_done(f"controls/{name}"):
-                made[name] = partial(trained, self.dir.path / "controls" / name)
-        return made
+    def _sampler(self, name: str, evaluator: Evaluator) -> HFSampler:
+        """Loads the model of that name, unless it is base or sft, which stay loaded."""
+        if name in ("base", "sft"):
+            return evaluator.sampler(self.base if name == "base" else self.pi_sft)
+        control = self.recipe.controls.get(name)
+        if control and control.extrapolate is not None:
+            return evaluator.sampler(self.pi_sft, self.base, control.extrapolate)
+        path = self.dir.path / ("policy" if name == "policy" else f"controls/{name}")
+        return evaluator.sampler(self._load(path))
 
     def _curve(self, policy: PreTrainedModel) -> Metrics:
         """The evaluation curve's point: `eval/<score>/<group>` at temperature 1."""
@@ -315,6 +314,17 @@ class Run:
                     "for each."
                 )
 
+    def _check_same_data(self) -> None:
+        """A run goes on only with the data that it began with."""
+        now_read = fingerprint(self.data)
+        if self.dir.record.setdefault("data_sha256", now_read) != now_read:
+            raise RunDirError(
+                f"the data of {self.recipe.data.demonstrations or self.recipe.data.prompts!r} is "
+                f"not what {self.dir.path} began with: demonstrations that were held out may have "
+                "been trained on. Restore the data, or set output_dir to a new directory."
+            )
+        self.dir.save_record()
+
     def _require_sft(self, stage: str) -> None:
         if not self.recipe.model.sft and not self.dir.is_done("sft"):
             raise RunDirError(
@@ -325,15 +335,17 @@ class Run:
     # --- record and messages --------------------------------------------------------------------
 
     @contextmanager
-    def _stage(self, name: str) -> Iterator[bool]:
-        """True if the stage is still to do; remembered as done when the block ends well."""
-        if self.dir.is_done(name):
+    def _stage(self, name: str, **facts: Any) -> Iterator[bool]:
+        """True if the stage is still to do; remembered as done when the block ends well.
+
+        `facts` are remembered with it; a stage that was done with others is to do again.
+        """
+        if self.dir.is_done(name, **facts):
             yield False
             return
         started = time.monotonic()
-        torch.manual_seed(self.recipe.seed)
         yield True
-        self.dir.mark_done(name, time.monotonic() - started)
+        self.dir.mark_done(name, time.monotonic() - started, **facts)
 
     def _say_data(self) -> None:
         for role in ("demonstrations", "prompts", "eval"):
@@ -350,7 +362,7 @@ class Run:
         self.reporter.line(
             f"stage 1 trains on {len(self.data.train)} demonstrations, {len(self.data.held_out)} "
             f"are held out; stage 2 has {overlap['of']} prompts, {overlap['exact']} of them seen "
-            "in stage 1"
+            f"in stage 1 and {overlap['evaluated']} among the evaluation prompts"
         )
 
     def _say_audit(self, findings: dict[str, Any]) -> None:

@@ -132,3 +132,11 @@ def test_generator_gets_seed_and_split(tmp_path: Path, monkeypatch: pytest.Monke
 def test_generator_that_cannot_be_imported(source: str):
     with pytest.raises(DataError, match=r"PYTHONPATH"):
         read_rows(source, 0, "train")
+
+
+def test_generator_that_fails_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "b_world.py").write_text("def rows(seed, split):\n    yield {}\n    1 / 0\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "b_world", raising=False)
+    with pytest.raises(DataError, match=r"ZeroDivisionError.*function\(seed=int, split=str\)"):
+        read_rows("python:b_world:rows", 7, "test")

@@ -177,3 +177,16 @@ def test_a_run_without_results_is_named(runs, tmp_path):
 def test_no_run_at_all_is_named(tmp_path):
     with pytest.raises(RunDirError, match="nowhere"):
         summarise([tmp_path / "nowhere"])
+
+
+def test_a_run_counted_twice_or_of_another_recipe_is_refused(runs):
+    for seed, path in enumerate(runs):
+        recipe = {"seed": seed, "output_dir": str(path), "ppo": {"kl_coef": 0.2}}
+        (path / "run.json").write_text(json.dumps({"recipe": recipe}))
+    summarise(runs)
+    with pytest.raises(ConfigError, match="seed 1 is there more than once"):
+        summarise([runs[0], runs[1], runs[1]])
+    recipe = {"seed": 9, "output_dir": "x", "ppo": {"kl_coef": 0.5}}
+    (runs[2] / "run.json").write_text(json.dumps({"recipe": recipe}))
+    with pytest.raises(ConfigError, match="differ in 'ppo'"):
+        summarise(runs)

@@ -7,6 +7,7 @@ from scipy.stats import chisquare
 import tiny
 from enumerable import EOS, LENGTH, VOCAB, fine_tuned, tiny_llama
 from srppo.algo.optimum import enumerate_responses
+from srppo.errors import ModelError
 from srppo.models.scoring import score
 from srppo.rollout.hf import HFSampler
 
@@ -214,3 +215,10 @@ def test_extrapolation_follows_base_times_the_ratio_to_the_lambda(pair):
     counts = counts_of(sampler.sample([[1]] * n, seed=13), range(n))
     assert p_value(counts, outcome_logprobs(logits, [1])) > 1e-3
     assert p_value(counts, outcome_logprobs(lambda x: sft(x).logits, [1])) < 1e-9
+
+
+def test_a_model_that_diverged_is_named():
+    model = tiny_llama(seed=0)
+    model.lm_head.weight.data[:] = torch.nan
+    with pytest.raises(ModelError, match=r"NaN.*learning rate"):
+        HFSampler(model, eos_token_id=EOS, max_new_tokens=3).sample([[1]], seed=0)

@@ -278,3 +278,15 @@ def test_on_the_miniature_the_audit_is_quiet_after_sgd_and_warns_after_adamw(
         assert found["warnings"] == []
     else:
         assert any("lambda" in warning for warning in found["warnings"])
+
+
+@pytest.mark.parametrize("other", [{"reward": "mean"}, {"token_clip": 1.0}])
+def test_lambda_is_not_judged_where_kl_coef_alone_does_not_decide_it(other):
+    assert warnings_from(findings(nll_recipe=3.5), PPOConfig(kl_coef=0.2, **other)) == []
+
+
+def test_less_extrapolation_than_the_curve_supports_is_no_reason_to_warn():
+    """kl_ref=base with kl_coef=2 aims at lambda=0.5, before the SFT model: NLL is higher there."""
+    found = findings(nll_recipe=3.5)
+    found["curve"]["lam_recipe"] = 0.5
+    assert warnings_from(found, PPOConfig(kl_coef=2.0, kl_ref="base")) == []

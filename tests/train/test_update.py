@@ -263,3 +263,13 @@ def test_without_a_critic_there_is_one_optimizer(roles, experience):
     stats = update(alone, experience, optimizers, config, generator(0))
     assert len(optimizers.all) == 1
     assert not [key for key in stats if key.startswith("value")]
+
+
+def test_a_gradient_that_is_no_number_moves_nothing():
+    roles = Roles.begin(tiny.model(seed=0), tiny.model(seed=1), critic=False)
+    optimizers = Optimizers(roles, PPOConfig())
+    before = [p.detach().clone() for p in roles.policy.parameters()]
+    for p in roles.policy.parameters():
+        p.grad = torch.full_like(p, torch.nan)
+    assert math.isnan(optimizers.step(move_policy=True)["grad_norm"])
+    assert all(torch.equal(a, b) for a, b in zip(before, roles.policy.parameters(), strict=True))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -45,7 +47,10 @@ def read_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Data:
         )
         n = len(examples)
         kept_out = min(settings.held_out, max(n - (limit or n), n // 10))
-        train, held_out = examples[: n - kept_out][:limit], examples[n - kept_out :]
+        train = examples[: n - kept_out][:limit]
+        trained = {tuple(e.prompt_ids) for e in train}
+        # One prompt can have several demonstrations; those of a trained prompt are not held out.
+        held_out = [e for e in examples[n - kept_out :] if tuple(e.prompt_ids) not in trained]
         reports["demonstrations"] = report.to_json()
     if settings.prompts:
         prompts, report = load_prompts(
@@ -86,12 +91,23 @@ def read_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Data:
     else:
         eval_prompts = eval_prompts[: recipe.eval.limit]
     seen = {tuple(e.prompt_ids) for e in train}
-    reports["overlap"] = {"exact": sum(tuple(p.ids) in seen for p in prompts), "of": len(prompts)}
+    evaluated = {tuple(p.ids) for p in eval_prompts}
+    reports["overlap"] = {
+        "exact": sum(tuple(p.ids) in seen for p in prompts),
+        "evaluated": sum(tuple(p.ids) in evaluated for p in prompts),
+        "of": len(prompts),
+    }
     return Data(train, held_out, prompts, eval_prompts, curve_prompts, reports)
 
 
-def _prompts_of(examples: list[Example], tokenizer: PreTrainedTokenizerBase) -> list[Prompt]:
-    return [
-        Prompt(e.prompt_ids, tokenizer.decode(e.prompt_ids, skip_special_tokens=True), e.meta)
-        for e in examples
+def fingerprint(data: Data) -> str:
+    """sha256 of all token ids that a run trains on or holds out."""
+    ids = [
+        [(e.prompt_ids, e.response_ids) for e in (*data.train, *data.held_out)],
+        [p.ids for p in data.prompts],
     ]
+    return hashlib.sha256(json.dumps(ids).encode()).hexdigest()
+
+
+def _prompts_of(examples: list[Example], tokenizer: PreTrainedTokenizerBase) -> list[Prompt]:
+    return [Prompt(e.prompt_ids, tokenizer.decode(e.prompt_ids), e.meta) for e in examples]

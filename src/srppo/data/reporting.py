@@ -83,7 +83,8 @@ class Report:
         ]
         if self.skipped:
             counts.insert(0, f"{self.skipped} x passed over by skip")
-        columns = ", ".join(sorted({name for row in rows.rows[:100] for name in row})) or "none"
+        first = [rows.rows[i] for i in range(min(100, len(rows.rows)))]
+        columns = ", ".join(sorted({name for row in first for name in row})) or "none"
         return (
             f"{self.source}: none of its {self.rows} rows can be used as {kind}: "
             f"{'; '.join(counts)}. Columns found: {columns}. Columns understood: {UNDERSTOOD}. "

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from srppo.errors import DataError
+from srppo.errors import DataError, SrppoError
 
 Row = dict[str, Any]
 
@@ -177,5 +177,12 @@ def _generate(source: str, seed: int, split: str) -> Iterable[Any]:
             f"{source}: cannot be imported ({error}). Write python:package.module:function and "
             "put the folder of the package on PYTHONPATH."
         ) from error
-    rows: Iterable[Any] = function(seed=seed, split=split)
-    return rows
+    try:
+        return list(function(seed=seed, split=split))
+    except SrppoError:
+        raise
+    except Exception as error:  # the user's code can raise anything
+        raise DataError(
+            f"{source}: failed ({type(error).__name__}: {error}). It is called as "
+            "function(seed=int, split=str) and yields rows, each a dictionary."
+        ) from error

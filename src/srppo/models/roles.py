@@ -12,7 +12,11 @@ from srppo.models.value_head import ValueModel
 
 @dataclass
 class Roles:
-    """Who is who. `base` and `sft` are frozen; `policy` starts as a copy of `sft`."""
+    """Who is who. `base` and `sft` are frozen; `policy` starts as a copy of `sft`.
+
+    What is trained is float32 whatever the frozen models are: in bfloat16 a step of 1e-6 changes
+    almost no weight.
+    """
 
     base: PreTrainedModel
     sft: PreTrainedModel
@@ -25,6 +29,6 @@ class Roles:
         return Roles(
             base=base.requires_grad_(False),
             sft=sft.requires_grad_(False),
-            policy=frozen_copy(sft).requires_grad_(True),
+            policy=frozen_copy(sft).float().requires_grad_(True),
             critic=ValueModel(sft) if critic else None,
         )

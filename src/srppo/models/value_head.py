@@ -26,7 +26,7 @@ class ValueModel(nn.Module):
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
-        self.trunk = copy.deepcopy(model.base_model).requires_grad_(True)
+        self.trunk = copy.deepcopy(model.base_model).float().requires_grad_(True)
         width = model.config.get_text_config().hidden_size
         self.head = nn.Linear(width, 1, device=model.device)
         nn.init.zeros_(self.head.weight)

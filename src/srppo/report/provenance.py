@@ -83,6 +83,7 @@ def _facts(run: Json, files: RunFiles) -> list[tuple[str, str]]:
         ("Started", run.get("started")),
         ("Finished", finished),
         ("PPO time", _ppo_time(files)),
+        *((f"Stopped: {name}", reason) for name, reason in mapping(run, "stopped").items()),
     ]
     return [(name, str(value)) for name, value in facts if value not in (None, "", {})]
 
@@ -123,6 +124,9 @@ def _data_notes(data: Json | None) -> list[str]:
     exact, of = number(overlap.get("exact")), number(overlap.get("of"))
     if exact is None or of is None:
         return []
-    return [
+    notes = [
         f"{plain(exact)} of the {plain(of)} PPO prompts are also prompts of the demonstrations."
     ]
+    if evaluated := number(overlap.get("evaluated")):
+        notes.append(f"{plain(evaluated)} of them are evaluation prompts, too: PPO has seen those.")
+    return notes

@@ -53,6 +53,7 @@ def summarise(run_dirs: list[Path], against: str = "policy") -> str:
                 f"{path} and {run_dirs[0]} did not measure the same: {' / '.join(min(odd))} is in "
                 "one of them only, so they cannot be averaged. Summarise runs of one recipe."
             )
+    _require_one_recipe(run_dirs)
     keys = list(runs[0])
     names = list(runs[0][keys[0]])
     table: dict[Key, Columns] = {k: {c: [run[k][c] for run in runs] for c in names} for k in keys}
@@ -95,6 +96,24 @@ def _columns(path: Path) -> dict[Key, dict[str, float]]:
         columns["length"] = math.fsum(r["response_length"] for r in mine) / len(mine)
         columns["EOS"] = math.fsum(r["eos_rate"] for r in mine) / len(mine)
     return table
+
+
+def _require_one_recipe(run_dirs: list[Path]) -> None:
+    """Only seed, base model and place may differ, and every seed counts once."""
+    recipes = [mapping(read(path).run, "recipe") for path in run_dirs]
+    seeds = [recipe.get("seed") for recipe in recipes]
+    if repeated := {s for s in seeds if s is not None and seeds.count(s) > 1}:
+        raise ConfigError(
+            f"seed {repeated.pop()} is there more than once: the same run counted twice makes "
+            "intervals too narrow. Give each run another seed."
+        )
+    for path, recipe in zip(run_dirs[1:], recipes[1:], strict=True):
+        for key in recipe.keys() - {"seed", "output_dir", "model"}:
+            if recipe[key] != recipes[0].get(key):
+                raise ConfigError(
+                    f"{path} and {run_dirs[0]} differ in {key!r}: a mean over them would mix two "
+                    "experiments. Summarise runs that differ in the seed only."
+                )
 
 
 def _measured(run: dict[Key, dict[str, float]]) -> set[tuple[str, str, str]]:

@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from srppo.algo.optimum import extrapolate
+from srppo.errors import ModelError
 from srppo.models.batching import Sequences, pad_left, positions
 from srppo.rollout.sampler import Rollout
 
@@ -86,6 +87,11 @@ class HFSampler:
         for t in range(T):
             distribution = self._next(step_ids, attention_mask, caches, temperature)
             chosen = _invert(distribution, uniforms[rows, t], greedy=temperature == 0)
+            if int(chosen.max()) >= distribution.shape[1]:
+                raise ModelError(
+                    "the model gives probabilities that are not numbers (NaN): it cannot be "
+                    "sampled from, its training has diverged. Lower the learning rate."
+                )
             ids[rows, t] = chosen
             logprobs[rows, t] = distribution.gather(1, chosen[:, None]).squeeze(1)
             going = chosen != self.eos_token_id

@@ -158,7 +158,7 @@ def warnings_from(findings: dict[str, Any], config: PPOConfig) -> list[str]:
             "optimizer left noise). Stage 2 is not likely to help. Train SFT more gently: fewer "
             "epochs, a lower sft.learning_rate, or sft.optimizer=sgd."
         )
-    elif curve["nll_recipe"] > curve["nll_sft"]:
+    elif recipe > star and curve["nll_recipe"] > curve["nll_sft"] and _is_plain(config):
         said.append(
             f"kl_coef={config.kl_coef:g} asks for lambda={recipe:g}, more extrapolation than the "
             f"reward supports: held-out demonstrations cost {curve['nll_recipe']:.2f} nats there, "
@@ -166,6 +166,11 @@ def warnings_from(findings: dict[str, Any], config: PPOConfig) -> list[str]:
             f"{_gentler(star, config)}"
         )
     return said
+
+
+def _is_plain(config: PPOConfig) -> bool:
+    """Whether lambda follows from kl_coef alone: not with a mean or clipped reward."""
+    return config.reward == "sum" and config.token_clip is None
 
 
 def _gentler(star: float, config: PPOConfig) -> str:

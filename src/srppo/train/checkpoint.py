@@ -73,9 +73,10 @@ class RunDir:
         """Write run.json."""
         self.write_json("run.json", self.record)
 
-    def is_done(self, stage: str) -> bool:
-        """Whether the stage ran to its end."""
-        return self.record["stages"].get(stage, {}).get("status") == "done"
+    def is_done(self, stage: str, **facts: Any) -> bool:
+        """Whether the stage ran to its end, with these facts."""
+        found = self.record["stages"].get(stage, {})
+        return found.get("status") == "done" and all(found.get(k) == v for k, v in facts.items())
 
     def mark_done(self, stage: str, seconds: float, **facts: Any) -> None:
         """Remember that the stage ran to its end."""

@@ -16,7 +16,7 @@ from srppo.algo.loss import explained_variance
 from srppo.algo.masking import masked_mean, masked_sum, whiten
 from srppo.algo.reward import last_token, token_log_ratios, token_rewards
 from srppo.config import PPOConfig
-from srppo.errors import DataError
+from srppo.errors import ConfigError, DataError
 from srppo.models.roles import Roles
 from srppo.models.scoring import score
 from srppo.models.value_head import ValueModel, values_of
@@ -91,10 +91,16 @@ def train_ppo(
 
             if not metrics["kl_ref"] <= config.max_kl:  # NaN stops it, too
                 log.log(step, metrics)
-                return (
+                over = (
                     f"KL to {config.kl_ref} is {metrics['kl_ref']:.3g} nats a response at step "
-                    f"{step}, above ppo.max_kl={config.max_kl}: stopped, policy kept as it is."
+                    f"{step}, above ppo.max_kl={config.max_kl:g}"
                 )
+                if step == 1:
+                    raise ConfigError(
+                        f"{over}, before the policy has moved: nothing would be trained. "
+                        "Raise ppo.max_kl, or look at the SFT model."
+                    )
+                return f"{over}: stopped. The policy is kept as that step found it."
             experience = Experience(rollout.sequences, scores.policy, values, advantages, returns)
             shuffle = generator(_seed(seed, "minibatches", step))
             metrics |= update(
@@ -229,7 +235,7 @@ def headline(title: str, step: int, total: int, metrics: Metrics) -> str:
         f"EOS {metrics['eos_rate']:.0%}",
         f"{metrics['time/tokens_per_second']:.0f} tokens/s",
     ]
-    evaluated = [key.split("/") for key in metrics if key.startswith("eval/")]
+    evaluated = [key.split("/", 2) for key in metrics if key.startswith("eval/")]
     for _, name, group in evaluated:
         if name == evaluated[0][1]:  # the first score; the others are in the log
             parts.append(f"{name} {group} {metrics[f'eval/{name}/{group}']:.2f}")

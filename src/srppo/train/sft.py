@@ -84,6 +84,8 @@ def train_sft(
             disable_tqdm=True,
             dataloader_pin_memory=False,
         )
+        if arguments.n_gpu > 1:
+            arguments._n_gpu = 1  # one process, one GPU; the trainer would split batches over all
         # SFTTrainer prints each log line to stdout; ours go through the reporter.
         with contextlib.redirect_stdout(io.StringIO()):
             trainer = SFTTrainer(

@@ -78,7 +78,8 @@ class Optimizers:
 
     def _step(self, optimizer: AdamW) -> float:
         norm = clip_grad_norm_(optimizer.param_groups[0]["params"], self.max_grad_norm)
-        optimizer.step()
+        if norm.isfinite():  # one bad minibatch must not end in weights that are not numbers
+            optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         return float(norm)
 
