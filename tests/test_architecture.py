@@ -372,7 +372,7 @@ def test_the_keys_of_the_samples_are_documented_and_the_documented_ones_written(
 
 # --- layout --------------------------------------------------------------------------------------
 
-FORBIDDEN = ["/work/", "/tmp/", "/home/", "/root/", "../shared"]
+FORBIDDEN = [f"{ROOT}/", "/tmp/", "/home/", "/root/", "../shared"]
 """Paths of one machine."""
 
 
