@@ -5,7 +5,6 @@
     ├── DataError          data sets, rows, columns, prompts                         (ValueError)
     ├── ModelError         model directories, tokenizers, vocabularies               (ValueError)
     ├── RunDirError        run directories: occupied, not writable, disk full        (OSError)
-    ├── MissingExtraError  an optional package is not installed                      (ImportError)
     └── ShapeError         tensors whose shapes do not fit together                  (ValueError)
 
 A message names the value, the consequence and the cure. The command line prints it and exits
@@ -31,10 +30,6 @@ class ModelError(SrppoError, ValueError):
 
 class RunDirError(SrppoError, OSError):
     """A run directory that cannot be written or belongs to another run."""
-
-
-class MissingExtraError(SrppoError, ImportError):
-    """An optional dependency is missing; the message names the extra to install."""
 
 
 class ShapeError(SrppoError, ValueError):

@@ -136,8 +136,8 @@ def _read_csv(path: Path) -> Iterator[tuple[int, Any]]:
 
 
 def _read_parquet(path: Path) -> Iterable[tuple[int, Any]]:
-    import pyarrow  # type: ignore[import-untyped]  # late: heavy, and few sources need it
-    import pyarrow.parquet  # type: ignore[import-untyped]
+    import pyarrow  # late: heavy, and few sources need it
+    import pyarrow.parquet
 
     try:
         return enumerate(pyarrow.parquet.read_table(path).to_pylist(), start=1)
