@@ -72,7 +72,7 @@ def main() -> None:
     base, sft = random_llama(args, 0), random_llama(args, 1)
     roles = Roles.begin(base, sft, critic=True)
     end_at_random(roles.policy, args.vocab)
-    sampler = HFSampler(roles.policy, eos_token_id=EOS, max_new_tokens=128)
+    sampler = HFSampler(roles.policy, eos_token_id=EOS, max_new_tokens=128, critic=roles.critic)
     prompts = torch.randint(1, args.vocab, (args.prompts, 64)).tolist()
     config = PPOConfig(
         steps=args.steps,

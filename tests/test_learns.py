@@ -44,14 +44,13 @@ def test_the_trainer_reaches_the_enumerated_optimum(variant, kl_coef, tmp_path, 
         epochs=4,
         minibatch_size=256,
         learning_rate=1.5e-3,
-        value_learning_rate=1.5e-3,
         lr_schedule="cosine",
         kl_coef=kl_coef,
         max_kl=1e9,
         **VARIANTS[variant],
     )
     roles = Roles.begin(base, sft, critic=config.estimator == "ppo")
-    sampler = HFSampler(roles.policy, eos_token_id=EOS, max_new_tokens=LENGTH)
+    sampler = HFSampler(roles.policy, eos_token_id=EOS, max_new_tokens=LENGTH, critic=roles.critic)
     with MetricsLog(tmp_path, "ppo") as log:
         train_ppo(
             roles, sampler, PROMPTS, config, seed=0, log=log, reporter=Reporter(quiet=True)

@@ -122,6 +122,9 @@ class PPOConfig(Section):
     """Passes over the rollouts of a step (ours)."""
     minibatch_size: Positive = 128
     """Responses per optimizer step (ours); the last one of a pass may be smaller."""
+    compute: Literal["float32", "bfloat16"] = "float32"
+    """Matrix products of sampling and of the update; weights and log-probabilities are float32.
+    The reward's own precision is model.dtype."""
     max_tokens_per_batch: Positive = 16384
     """Tokens, padding included, per forward pass; memory and speed only."""
 
@@ -152,8 +155,9 @@ class PPOConfig(Section):
     """Discount (ours)."""
     gae_lambda: Fraction = 1.0
     """GAE's lambda (ours): below 1, credit at EOS fades on its way to the early tokens."""
-    value_learning_rate: PositiveFloat = 1e-5
-    """AdamW, critic (ours)."""
+    value_learning_rate: PositiveFloat = 0.1
+    """AdamW, critic: about how far one step moves a value, in standard deviations of the first
+    returns (ours)."""
     value_clip: PositiveFloat = 0.2
     """How far a value may move per step, in standard deviations of the returns (ours)."""
     value_warmup_steps: NonNegative = 0

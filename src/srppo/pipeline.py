@@ -177,6 +177,8 @@ class Run:
             eos_token_id=self.tokenizer.eos_token_id,
             max_new_tokens=self.recipe.data.max_response_tokens,
             max_tokens_per_batch=config.max_tokens_per_batch,
+            critic=roles.critic,
+            compute=config.compute,
         )
         with MetricsLog(self.dir.path, metrics_name) as log:
             stopped = train_ppo(

@@ -1,10 +1,19 @@
-"""Padding: prompts end and responses start at one column, and no row is lost."""
+"""Batches: every row once, little padding, and every index where it belongs."""
 
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from srppo.models.batching import Sequences, make_batch, microbatches, pad_left, positions
+from srppo.models.batching import (
+    MAX_PADDING,
+    MIN_TOKENS,
+    Sequences,
+    cut,
+    input_lengths,
+    make_batch,
+    microbatches,
+    padding_share,
+)
 from tiny import row, sequences
 
 CPU = torch.device("cpu")
@@ -44,22 +53,53 @@ def test_a_roomy_budget_is_one_batch_and_a_tight_one_is_not():
     assert 1 < len(list(microbatches(y, every, 40, CPU))) < 12
 
 
-def test_a_batch_holds_its_rows_and_marks_everything_else_as_padding():
+@given(st.lists(st.integers(1, 500), min_size=1, max_size=200), st.integers(500, 5000))
+def test_a_group_is_small_or_holds_little_padding(lengths, budget):
+    for group in cut(lengths, budget):
+        padded = len(group) * max(lengths[k] for k in group)
+        used = sum(lengths[k] for k in group)
+        before_the_last = used - lengths[group[-1]]
+        assert padded <= budget
+        assert padded - used <= MAX_PADDING * padded or before_the_last < MIN_TOKENS
+
+
+def test_equal_lengths_are_cut_by_the_budget_alone():
+    assert [len(group) for group in cut([100] * 64, 2048)] == [20, 20, 20, 4]
+    assert padding_share([100] * 64, 2048) == 0.0
+
+
+def test_the_padding_of_a_spread_of_lengths_stays_under_five_percent():
+    lengths = [64 + k for k in range(128)]
+    assert 0.01 < padding_share(lengths, 16384) < 0.05
+
+
+def test_a_batch_holds_its_rows_and_knows_what_predicts_each_response_token():
     y = sequences()
     batch = make_batch(y, torch.tensor([3, 0, 6]), CPU)
-    P = batch.input_ids.shape[1] - batch.response_ids.shape[1]
+    width = batch.input_ids.shape[1]
+    place = 0
     for k, i in enumerate([3, 0, 6]):
         prompt, response = row(y, i)
-        seen = batch.attention_mask[k].bool()
-        assert batch.input_ids[k][seen].tolist() == prompt + response
-        assert batch.response_ids[k][batch.mask[k]].tolist() == response
-        assert batch.position_ids[k][seen].tolist() == list(range(len(prompt + response)))
-        # the prompt ends where the response starts
-        assert batch.input_ids[k, P - len(prompt) : P].tolist() == prompt
-        assert batch.input_ids[k, P : P + len(response)].tolist() == response
-    assert batch.input_ids.shape[1] == max(len(row(y, i)[0]) for i in (3, 0, 6)) + max(
-        len(row(y, i)[1]) for i in (3, 0, 6)
-    )
+        inputs = (prompt + response)[:-1]  # the last token is predicted, never read
+        assert batch.input_ids[k, : len(inputs)].tolist() == inputs
+        mine = slice(place, place + len(response))
+        assert batch.response_ids[mine].tolist() == response
+        first = k * width + len(prompt) - 1
+        assert batch.predictors[mine].tolist() == list(range(first, first + len(response)))
+        place += len(response)
+    assert len(batch) == place
+    assert width == max(input_lengths(y, torch.tensor([3, 0, 6])))
+
+
+def test_take_and_put_are_inverse_and_leave_other_rows_alone():
+    y = sequences()
+    x = torch.where(y.mask, torch.randn(y.mask.shape), 0.0)
+    batch = make_batch(y, torch.tensor([3, 0, 6]), CPU)
+    into = torch.full_like(x, 7.0)
+    batch.put(into, batch.take(x))
+    for i in range(len(y)):
+        expected = torch.where(y.mask[i], x[i], 7.0) if i in (0, 3, 6) else torch.tensor(7.0)
+        assert torch.equal(into[i], expected.expand_as(into[i]))
 
 
 def test_lengths_count_response_tokens():
@@ -67,11 +107,3 @@ def test_lengths_count_response_tokens():
     assert len(y) == 2
     assert y.lengths.tolist() == [2, 3]
     assert y.mask.tolist() == [[True, True, False], [True, True, True]]
-
-
-def test_positions_are_not_advanced_by_padding():
-    ids, mask = pad_left([[5, 6, 7], [8]], CPU)
-    assert ids[:, -1].tolist() == [7, 8]
-    assert mask.tolist() == [[1, 1, 1], [0, 0, 1]]
-    assert positions(mask)[0].tolist() == [0, 1, 2]
-    assert positions(mask)[1, -1] == 0

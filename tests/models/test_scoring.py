@@ -4,10 +4,19 @@ from dataclasses import replace
 
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import tiny
+from srppo.algo.logprobs import token_logprobs
 from srppo.models.batching import make_batch
-from srppo.models.scoring import batch_logprobs, response_logits, score
+from srppo.models.scoring import (
+    chunks,
+    hidden_states,
+    output_logits,
+    score,
+    score_with_values,
+)
+from srppo.models.value_head import ValueHead
 
 ONE_BATCH = 10**6
 
@@ -26,7 +35,7 @@ def alone(model, y):
 
 
 @pytest.mark.parametrize("budget", [1, 40, ONE_BATCH])
-def test_padding_left_and_right_changes_no_score(model, budget):
+def test_neither_padding_nor_the_cut_changes_a_score(model, budget):
     y = tiny.sequences()
     scores = score(model, y, budget)
     assert scores.dtype == torch.float32
@@ -47,50 +56,90 @@ def test_garbage_ids_in_padding_change_nothing(model):
     assert torch.equal(scores, score(model, y, ONE_BATCH))
 
 
-def spoil_padding(model):
-    """The model now answers NaN at every position whose next token is padding."""
-    masks = []
-
-    def remember(module, args, kwargs):
-        masks.append(kwargs["attention_mask"])
-
-    def spoil(module, args, logits):
-        following = torch.nn.functional.pad(masks[-1][:, 1:], (0, 1))[:, -logits.shape[1] :]
-        return torch.where(following[..., None] == 1, logits, torch.nan)
-
-    model.register_forward_pre_hook(remember, with_kwargs=True)
-    model.lm_head.register_forward_hook(spoil)
-    return model
-
-
 def test_nan_at_padding_leaks_into_no_score_and_no_gradient(model):
+    """The trunk answers NaN after each row's last input; nothing must notice."""
     y = tiny.sequences()
     batch = make_batch(y, torch.arange(len(y)), model.device)
-    expected = score(model, y, ONE_BATCH)
-    torch.where(batch.mask, batch_logprobs(model, batch), 0.0).sum().backward()
-    gradients = [p.grad.clone() for p in model.parameters()]
-    model.zero_grad()
 
-    spoil_padding(model)
-    with torch.no_grad():
-        assert response_logits(model, batch)[~batch.mask].isnan().all()
-    assert torch.equal(score(model, y, ONE_BATCH), expected)
-    torch.where(batch.mask, batch_logprobs(model, batch), 0.0).sum().backward()
-    for parameter, gradient in zip(model.parameters(), gradients, strict=True):
-        torch.testing.assert_close(parameter.grad, gradient)
+    def gradients():
+        model.zero_grad()
+        logits = output_logits(model, hidden_states(model, batch))
+        token_logprobs(logits, batch.response_ids).sum().backward()
+        return [p.grad.clone() for p in model.parameters()]
+
+    expected, scores = gradients(), score(model, y, ONE_BATCH)
+
+    def spoil(module, args, kwargs, output):
+        ids, hidden = kwargs.get("input_ids"), output.last_hidden_state
+        if ids is not None and ids.shape == hidden.shape[:2]:  # the trunk, not the head by itself
+            padding = ids == tiny.EOS  # EOS comes last and is predicted only
+            assert padding.any()
+            output.last_hidden_state = hidden.masked_fill(padding[..., None], torch.nan)
+        return output
+
+    model.base_model.register_forward_hook(spoil, with_kwargs=True)
+    assert torch.equal(score(model, y, ONE_BATCH), scores)
+    for found, gradient in zip(gradients(), expected, strict=True):
+        torch.testing.assert_close(found, gradient)
 
 
-def test_response_logits_are_the_distributions_that_responses_were_drawn_from(model):
+def test_trunk_and_head_apart_give_the_logits_of_the_whole_model(model):
     y = tiny.sequences(n=3)
     batch = make_batch(y, torch.arange(3), model.device)
     with torch.no_grad():
-        logits = response_logits(model, batch)
-    assert logits.shape == (*batch.response_ids.shape, tiny.VOCAB)
+        logits = output_logits(model, hidden_states(model, batch)).split(y.lengths.tolist())
     for i in range(3):
         prompt, response = tiny.row(y, i)
         with torch.no_grad():
             plain = model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1]
-        torch.testing.assert_close(logits[i, : len(response)], plain, atol=1e-4, rtol=0)
+        torch.testing.assert_close(logits[i], plain, atol=1e-4, rtol=0)
+
+
+def test_what_an_architecture_does_to_its_logits_is_done():
+    """Gemma 2 caps them softly, Cohere scales them: neither is in the output layer."""
+    for kind, setting in (
+        ("gemma2", {"final_logit_softcapping": 0.5, "head_dim": 8}),
+        ("cohere", {"logit_scale": 0.1, "pad_token_id": 0}),
+    ):
+        torch.manual_seed(0)
+        config = AutoConfig.for_model(kind, **{**tiny._SHAPE, **setting})
+        model = AutoModelForCausalLM.from_config(config).eval()
+        y = tiny.sequences()
+        torch.testing.assert_close(score(model, y, 40), alone(model, y), atol=1e-5, rtol=0)
+
+
+def test_the_model_is_whole_again_after_its_head_was_run_alone(model):
+    ids = torch.tensor([[1, 2, 3]])
+    before = model(ids).logits
+    output_logits(model, torch.zeros(2, model.config.hidden_size))
+    assert torch.equal(model(ids).logits, before)
+
+
+def test_chunks_cover_the_tokens_in_order(model, monkeypatch):
+    monkeypatch.setattr("srppo.algo.logprobs.CPU_CHUNK_ELEMENTS", 5 * tiny.VOCAB)
+    y = tiny.sequences()
+    batch = make_batch(y, torch.arange(len(y)), model.device)
+    pieces = [torch.arange(len(batch))[some] for some in chunks(model, batch)]
+    assert max(len(piece) for piece in pieces) == 5
+    assert torch.equal(torch.cat(pieces), torch.arange(len(batch)))
+    torch.testing.assert_close(score(model, y, ONE_BATCH), alone(model, y), atol=1e-5, rtol=0)
+
+
+def test_values_come_from_the_same_pass_and_ignore_padding_and_the_predicted_token(model):
+    torch.manual_seed(1)
+    critic = ValueHead(model)
+    torch.nn.init.normal_(critic.linear.weight)
+    y = tiny.sequences()
+    logprobs, units = score_with_values(model, critic, y, ONE_BATCH)
+    assert torch.equal(logprobs, score(model, y, ONE_BATCH))
+    assert (units[~y.mask] == 0).all()
+    assert units[y.mask].std() > 0.1
+    last = y.lengths - 1
+    other = y.response_ids.clone()
+    other[torch.arange(len(y)), last] = (other[torch.arange(len(y)), last] + 1) % tiny.VOCAB
+    changed, same = score_with_values(model, critic, replace(y, response_ids=other), 40)
+    torch.testing.assert_close(same, units, atol=1e-4, rtol=0)
+    assert not torch.allclose(changed, logprobs)
 
 
 def test_bfloat16_models_are_scored_with_more_digits_than_they_have():

@@ -1,10 +1,11 @@
-"""Prompts with responses as padded batches: prompts end and responses start at one column.
+"""Prompts with responses as batches: contiguous, similar lengths together, padded on the right.
 
-    prompt, left-padded │ response, right-padded
-    . . x x x           │ y y y .
+    prompt, response │ padding
+    x x x y y y      │
+    x x y y          │ . .
 
-So "the logits of the response positions" is one slice for the whole batch, which every
-transformers model offers as `logits_to_keep`.
+A causal model never looks at what follows, so no attention mask is needed and every row's numbers
+are those it would have alone. The last response token is predicted but never read: it is left out.
 """
 
 from __future__ import annotations
@@ -14,6 +15,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+MAX_PADDING = 0.04
+"""A batch is closed before padding exceeds this share of it..."""
+MIN_TOKENS = 256
+"""...unless it holds fewer tokens than this: the call itself would then cost more than padding."""
 
 
 @dataclass(frozen=True)
@@ -49,50 +55,50 @@ class Sequences:
 
 @dataclass(frozen=True)
 class Batch:
-    """Some rows of `Sequences`, padded to their own longest, as a model takes them."""
+    """b rows of `Sequences` with n response tokens, row after row, as a model takes them."""
 
     rows: Tensor
-    """(b,) which rows of the Sequences."""
-    input_ids: Tensor
-    """(b, P + T')"""
-    attention_mask: Tensor
-    """(b, P + T')"""
-    position_ids: Tensor
-    """(b, P + T') each row counts from 0 at its first token."""
-    response_ids: Tensor
-    """(b, T')"""
+    """(b,) which rows of the Sequences; on the CPU."""
     mask: Tensor
-    """(b, T')"""
+    """(b, T) bool, their response tokens; on the CPU."""
+    input_ids: Tensor
+    """(b, S) prompt and response without its last token, right-padded."""
+    predictors: Tensor
+    """(n,) places among the b*S inputs whose outputs predict the response tokens."""
+    response_ids: Tensor
+    """(n,) the response tokens."""
 
+    def __len__(self) -> int:
+        return len(self.response_ids)
 
-def pad_left(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Ids and attention mask, both (b, P)."""
-    width = max(len(p) for p in prompts)
-    ids = torch.tensor([[0] * (width - len(p)) + list(p) for p in prompts])
-    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
-    return ids.to(device), mask.to(device)
+    def take(self, x: Tensor) -> Tensor:
+        """(n,) the batch's response tokens of an (N, T) tensor, on the batch's device."""
+        return x[self.rows][self.mask].to(self.response_ids.device)
 
-
-def positions(attention_mask: Tensor) -> Tensor:
-    """(b, S) positions that padding does not advance."""
-    return (attention_mask.cumsum(1) - 1).clamp(min=0)
+    def put(self, into: Tensor, values: Tensor) -> None:
+        """The inverse: (n,) values to their places in an (N, T) tensor, other places of it kept."""
+        into[self.rows] = into[self.rows].masked_scatter(self.mask, values.to(into))
 
 
 def make_batch(sequences: Sequences, rows: Tensor, device: torch.device) -> Batch:
-    """Pad the given rows together."""
+    """The given rows as one batch."""
+    mask = sequences.mask[rows]
+    responses, lengths = sequences.response_ids[rows], mask.sum(1)
     prompts = [sequences.prompt_ids[i] for i in rows.tolist()]
-    width = int(sequences.lengths[rows].max())
-    prompt_ids, prompt_mask = pad_left(prompts, device)
-    response_ids = sequences.response_ids[rows, :width].to(device)
-    mask = sequences.mask[rows, :width].to(device)
-    attention_mask = torch.cat([prompt_mask, mask.long()], dim=1)
+    starts = torch.tensor([len(p) for p in prompts]) - 1  # the input that predicts token 0
+    width = int((starts + lengths).max())
+    input_ids = torch.zeros(len(rows), width, dtype=torch.int64)
+    for k, (prompt, n) in enumerate(zip(prompts, lengths.tolist(), strict=True)):
+        input_ids[k, : len(prompt) + n - 1] = torch.cat(
+            [torch.tensor(prompt), responses[k, : n - 1]]
+        )
+    row, t = mask.nonzero(as_tuple=True)
     return Batch(
         rows=rows,
-        input_ids=torch.cat([prompt_ids, response_ids], dim=1),
-        attention_mask=attention_mask,
-        position_ids=positions(attention_mask),
-        response_ids=response_ids,
         mask=mask,
+        input_ids=input_ids.to(device),
+        predictors=(row * width + starts[row] + t).to(device),
+        response_ids=responses[mask].to(device),
     )
 
 
@@ -101,22 +107,39 @@ def microbatches(
 ) -> Iterator[Batch]:
     """The given rows in batches of at most `max_tokens` tokens, padding included.
 
-    Rows of similar length go together. A row longer than `max_tokens` is a batch of its own.
+    Longest first, so that memory is known at once. A row longer than `max_tokens` is a batch of
+    its own.
     """
-    lengths = [
-        (len(sequences.prompt_ids[i]), n)
-        for i, n in zip(rows.tolist(), sequences.lengths[rows].tolist(), strict=True)
+    lengths = input_lengths(sequences, rows)
+    for places in cut(lengths, max_tokens):
+        yield make_batch(sequences, rows[places], device)
+
+
+def input_lengths(sequences: Sequences, rows: Tensor) -> list[int]:
+    """Tokens that a model reads of each row."""
+    responses = sequences.lengths[rows].tolist()
+    return [
+        len(sequences.prompt_ids[i]) + n - 1 for i, n in zip(rows.tolist(), responses, strict=True)
     ]
-    order = sorted(range(len(lengths)), key=lambda k: (sum(lengths[k]), k))
-    start = 0
-    longest_prompt = longest_response = 0
-    for end, k in enumerate(order):
-        prompt, response = lengths[k]
-        width = max(longest_prompt, prompt) + max(longest_response, response)
-        if end > start and (end - start + 1) * width > max_tokens:
-            yield make_batch(sequences, rows[order[start:end]], device)
-            start, longest_prompt, longest_response = end, 0, 0
-        longest_prompt = max(longest_prompt, prompt)
-        longest_response = max(longest_response, response)
-    if order:
-        yield make_batch(sequences, rows[order[start:]], device)
+
+
+def cut(lengths: list[int], max_tokens: int) -> list[list[int]]:
+    """Places in `lengths`, longest first, in groups that are padded together."""
+    groups: list[list[int]] = []
+    widest = used = 0
+    for place in sorted(range(len(lengths)), key=lambda k: (-lengths[k], k)):
+        n = lengths[place]
+        padded = (len(groups[-1]) + 1) * widest if groups else 0
+        too_much_padding = used >= MIN_TOKENS and padded - used - n > MAX_PADDING * padded
+        if not groups or padded > max_tokens or too_much_padding:
+            groups.append([])
+            widest, used = n, 0
+        groups[-1].append(place)
+        used += n
+    return groups
+
+
+def padding_share(lengths: list[int], max_tokens: int) -> float:
+    """Share of a model's inputs that is padding when rows of these lengths are cut into batches."""
+    padded = sum(len(group) * lengths[group[0]] for group in cut(lengths, max_tokens))
+    return 1.0 - sum(lengths) / padded

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from transformers import PreTrainedModel
 
 from srppo.models.load import frozen_copy
-from srppo.models.value_head import ValueModel
+from srppo.models.value_head import ValueHead
 
 
 @dataclass
@@ -21,7 +21,7 @@ class Roles:
     base: PreTrainedModel
     sft: PreTrainedModel
     policy: PreTrainedModel
-    critic: ValueModel | None = None
+    critic: ValueHead | None = None
 
     @staticmethod
     def begin(base: PreTrainedModel, sft: PreTrainedModel, critic: bool) -> Roles:
@@ -30,5 +30,5 @@ class Roles:
             base=base.requires_grad_(False),
             sft=sft.requires_grad_(False),
             policy=frozen_copy(sft).float().requires_grad_(True),
-            critic=ValueModel(sft) if critic else None,
+            critic=ValueHead(sft) if critic else None,
         )

@@ -1,39 +1,78 @@
-"""Log-probabilities of given responses under a model."""
+"""From sequences to log-probabilities: the trunk over whole rows, the output head over response
+tokens only, and over a chunk of them at a time.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from srppo.algo.logprobs import token_logprobs
+from srppo.algo.logprobs import chunk_size, token_logprobs
 from srppo.models.batching import Batch, Sequences, microbatches
+from srppo.models.value_head import ValueHead
 
 
-def response_logits(model: PreTrainedModel, batch: Batch) -> Tensor:
-    """(b, T', V) logits of the distributions that each response token was drawn from."""
-    T = batch.response_ids.shape[1]
-    logits: Tensor = model(
-        input_ids=batch.input_ids,
-        attention_mask=batch.attention_mask,
-        position_ids=batch.position_ids,
-        use_cache=False,
-        logits_to_keep=T + 1,
-    ).logits
-    return logits[:, :-1]
+class _SkippedTrunk(BaseModelOutputWithPast):
+    """Hidden states, and None for all else that an architecture may pass on from its trunk."""
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("__"):
+            raise AttributeError(name)
 
 
-def batch_logprobs(model: PreTrainedModel, batch: Batch) -> Tensor:
-    """(b, T') float32 nats, log pi(y_t | x, y_<t) at temperature 1."""
-    return token_logprobs(response_logits(model, batch), batch.response_ids)
+def hidden_states(model: PreTrainedModel, batch: Batch) -> Tensor:
+    """(n, H) what the output head reads to predict each response token."""
+    hidden: Tensor = model.base_model(input_ids=batch.input_ids, use_cache=False).last_hidden_state
+    return hidden.flatten(0, 1).index_select(0, batch.predictors)
+
+
+def output_logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:
+    """(n, V) logits of (n, H) hidden states.
+
+    By the model's own `forward` with its trunk skipped, so that whatever an architecture does to
+    its logits (soft caps, scales, biases) is done.
+    """
+    trunk = model.base_model
+    forward = trunk.forward
+    trunk.forward = lambda *args, **kwargs: _SkippedTrunk(last_hidden_state=hidden[None])
+    try:
+        ids = torch.zeros(1, 1, dtype=torch.int64, device=hidden.device)  # for the skipped trunk
+        logits: Tensor = model(input_ids=ids, use_cache=False).logits
+    finally:
+        trunk.forward = forward
+    return logits[0]
+
+
+def chunks(model: PreTrainedModel, batch: Batch) -> Iterator[slice]:
+    """The batch's tokens in pieces whose logits are small."""
+    size = chunk_size(model.config.get_text_config().vocab_size, batch.input_ids.device)
+    for start in range(0, len(batch), size):
+        yield slice(start, start + size)
+
+
+def score(model: PreTrainedModel, sequences: Sequences, max_tokens: int) -> Tensor:
+    """(N, T) float32 nats on the CPU, zero at padding; log pi(y_t | x, y_<t) at temperature 1."""
+    return score_with_values(model, None, sequences, max_tokens)[0]
 
 
 @torch.no_grad()
-def score(model: PreTrainedModel, sequences: Sequences, max_tokens: int) -> Tensor:
-    """(N, T) float32 nats on the CPU, zero at padding; log pi(y_t | x, y_<t) at temperature 1."""
-    logprobs = torch.zeros(sequences.mask.shape)
+def score_with_values(
+    model: PreTrainedModel, critic: ValueHead | None, sequences: Sequences, max_tokens: int
+) -> tuple[Tensor, Tensor]:
+    """`score`, and from the same pass the critic's `units`; (N, T) each, zeros without a critic."""
+    logprobs, units = torch.zeros(2, *sequences.mask.shape)
     rows = torch.arange(len(sequences))
     for batch in microbatches(sequences, rows, max_tokens, model.device):
-        some = torch.where(batch.mask, batch_logprobs(model, batch), 0.0)
-        logprobs[batch.rows, : some.shape[1]] = some.cpu()
-    return logprobs
+        hidden = hidden_states(model, batch)
+        parts = [
+            token_logprobs(output_logits(model, hidden[some]), batch.response_ids[some])
+            for some in chunks(model, batch)
+        ]
+        batch.put(logprobs, torch.cat(parts))
+        if critic:
+            batch.put(units, critic.units(hidden))
+    return logprobs, units

@@ -1,24 +1,25 @@
-"""The critic: a transformer trunk and one linear unit on top."""
+"""The critic: one linear unit on the policy's own hidden states."""
 
 from __future__ import annotations
 
-import copy
 import math
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import rms_norm
 from transformers import PreTrainedModel
 
-from srppo.models.batching import Batch, Sequences, microbatches
 
+class ValueHead(nn.Module):
+    """V(x, y_<t) = shift + scale * linear(h): estimate in nats of the return from a prefix on.
 
-class ValueModel(nn.Module):
-    """V(x, y_<t) = shift + scale * head(trunk): estimate in nats of the return from a prefix on.
-
-    The trunk is a copy of a language model's; the head starts at zero. `shift` and `scale` are the
-    mean and standard deviation of the first rollout's returns: sums over a response can be
-    hundreds of nats, which a unit-sized head would take hundreds of steps to reach, and until then
-    every response would look better than expected, the more so near its end (docs/LOG.md).
+    h is what the policy's output head reads; no gradient flows back into it, so the critic costs
+    no second trunk and cannot disturb the policy. It is normed and divided by its width, so that
+    one step of AdamW moves a unit-sized value by about its learning rate, whatever the model. The
+    weights start at zero. `shift` and `scale` are the mean and standard deviation of the first
+    rollout's returns: sums over a response can be hundreds of nats, which a unit-sized head would
+    take hundreds of steps to reach, and until then every response would look better than expected,
+    the more so near its end (docs/LOG.md).
     """
 
     shift: Tensor
@@ -26,11 +27,10 @@ class ValueModel(nn.Module):
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
-        self.trunk = copy.deepcopy(model.base_model).float().requires_grad_(True)
         width = model.config.get_text_config().hidden_size
-        self.head = nn.Linear(width, 1, device=model.device)
-        nn.init.zeros_(self.head.weight)
-        nn.init.zeros_(self.head.bias)
+        self.linear = nn.Linear(width, 1, device=model.device)
+        nn.init.zeros_(self.linear.weight)
+        nn.init.zeros_(self.linear.bias)
         self.register_buffer("shift", torch.tensor(math.nan, device=model.device))
         self.register_buffer("scale", torch.tensor(math.nan, device=model.device))
 
@@ -45,33 +45,16 @@ class ValueModel(nn.Module):
         self.shift.fill_(first.mean())
         self.scale.fill_(first.std(correction=0).clamp(min=1e-3))
 
-    @property
-    def device(self) -> torch.device:
-        """Where the weights are."""
-        return self.head.weight.device
+    def forward(self, hidden: Tensor) -> Tensor:
+        """(n,) float32 nats of (n, H) hidden states; NaN before `calibrate`."""
+        return self.in_nats(self.units(hidden))
 
-    def forward(self, batch: Batch) -> Tensor:
-        """(b, T') values of the prefixes before each response token, float32 nats.
+    def units(self, hidden: Tensor) -> Tensor:
+        """(n,) values before `shift` and `scale`, which only a rollout's returns can give."""
+        h = hidden.detach().float()
+        units: Tensor = self.linear(rms_norm(h, h.shape[-1:]) / h.shape[-1]).squeeze(-1)
+        return units
 
-        NaN before `calibrate`.
-        """
-        T = batch.response_ids.shape[1]
-        hidden = self.trunk(
-            input_ids=batch.input_ids,
-            attention_mask=batch.attention_mask,
-            position_ids=batch.position_ids,
-            use_cache=False,
-        ).last_hidden_state[:, -T - 1 : -1]
-        values: Tensor = self.shift + self.scale * self.head(hidden.float()).squeeze(-1)
-        return values
-
-
-@torch.no_grad()
-def values_of(critic: ValueModel, sequences: Sequences, max_tokens: int) -> Tensor:
-    """(N, T) values in nats on the CPU, zero at padding."""
-    values = torch.zeros(sequences.mask.shape)
-    rows = torch.arange(len(sequences))
-    for batch in microbatches(sequences, rows, max_tokens, critic.device):
-        some = torch.where(batch.mask, critic(batch), 0.0)
-        values[batch.rows, : some.shape[1]] = some.cpu()
-    return values
+    def in_nats(self, units: Tensor) -> Tensor:
+        """Values in nats from `units`."""
+        return self.shift.to(units) + self.scale.to(units) * units

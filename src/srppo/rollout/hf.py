@@ -10,7 +10,11 @@ from transformers import DynamicCache, PreTrainedModel
 
 from srppo.algo.optimum import extrapolate
 from srppo.errors import ModelError
-from srppo.models.batching import Sequences, pad_left, positions
+from srppo.models.batching import Sequences
+from srppo.models.precision import Compute, computing
+from srppo.models.scoring import output_logits
+from srppo.models.value_head import ValueHead
+from srppo.rollout.cache import growing_cache, without
 from srppo.rollout.sampler import Rollout
 
 Progress = Callable[[int], None]
@@ -33,9 +37,16 @@ class HFSampler:
         max_tokens_per_batch: int = 65536,
         base: PreTrainedModel | None = None,
         lam: float = 1.0,
+        critic: ValueHead | None = None,
+        compute: Compute = "float32",
     ) -> None:
-        """With `base`, samples base·(model/base)^lam per token (decode-time extrapolation)."""
+        """With `base`, samples base·(model/base)^lam per token (decode-time extrapolation).
+
+        With `critic`, a head on this model's hidden states, rollouts carry its values.
+        """
         self.models = [model] if base is None else [base, model]
+        self.critic = critic
+        self.compute: Compute = compute
         self.eos_token_id = eos_token_id
         self.max_new_tokens = max_new_tokens
         self.max_tokens_per_batch = max_tokens_per_batch
@@ -52,7 +63,7 @@ class HFSampler:
         N, T = len(prompts), self.max_new_tokens
         uniforms = torch.rand(N, T, generator=torch.Generator().manual_seed(seed))
         ids = torch.zeros(N, T, dtype=torch.int64)
-        logprobs = torch.zeros(N, T)
+        logprobs, units = torch.zeros(2, N, T)
         lengths = torch.zeros(N, dtype=torch.int64)
         order = sorted(range(N), key=lambda i: (len(prompts[i]), i))
         while order:
@@ -60,32 +71,39 @@ class HFSampler:
             rows = torch.tensor(order[-max(1, self.max_tokens_per_batch // width) :])
             del order[-len(rows) :]
             some = [prompts[i] for i in rows.tolist()]
-            ids[rows], logprobs[rows], lengths[rows] = self._decode(
-                some, uniforms[rows], temperature
-            )
+            with computing(self.compute, self.models[0].device):
+                ids[rows], logprobs[rows], units[rows], lengths[rows] = self._decode(
+                    some, uniforms[rows], temperature
+                )
             progress(len(rows))
         longest = int(lengths.max())
         mask = torch.arange(longest) < lengths[:, None]
         ended = ids[torch.arange(N), lengths - 1] == self.eos_token_id
-        sequences = Sequences(prompts, ids[:, :longest], mask)
-        return Rollout(sequences, logprobs[:, :longest], ended)
+        return Rollout(
+            Sequences(prompts, ids[:, :longest], mask),
+            logprobs[:, :longest],
+            ended,
+            exact=temperature == 1 and len(self.models) == 1,
+            value_units=units[:, :longest] if self.critic else None,
+        )
 
     @torch.no_grad()
     def _decode(
         self, prompts: list[list[int]], uniforms: Tensor, temperature: float
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Ids (b, T), log-probabilities (b, T), lengths (b,), on the CPU."""
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Ids, log-probabilities, the critic's units (b, T) and lengths (b,), on the CPU."""
         device = self.models[0].device
         uniforms = uniforms.to(device)
         b, T = uniforms.shape
         ids = torch.zeros(b, T, dtype=torch.int64, device=device)
-        logprobs = torch.zeros(b, T, device=device)
+        logprobs, units = torch.zeros(2, b, T, device=device)
         lengths = torch.full((b,), T, device=device)
         rows = torch.arange(b, device=device)  # those still running
         step_ids, attention_mask = pad_left(prompts, device)
-        caches = [DynamicCache(config=model.config) for model in self.models]
+        caches = [growing_cache(model.config) for model in self.models]
         for t in range(T):
-            distribution = self._next(step_ids, attention_mask, caches, temperature)
+            hidden = self._hidden(step_ids, attention_mask, caches)
+            distribution = self._distribution(hidden, temperature)
             chosen = _invert(distribution, uniforms[rows, t], greedy=temperature == 0)
             if int(chosen.max()) >= distribution.shape[1]:
                 raise ModelError(
@@ -94,38 +112,62 @@ class HFSampler:
                 )
             ids[rows, t] = chosen
             logprobs[rows, t] = distribution.gather(1, chosen[:, None]).squeeze(1)
-            going = chosen != self.eos_token_id
-            lengths[rows[~going]] = t + 1
-            if not going.all():
-                keep = going.nonzero().squeeze(1)
+            if self.critic:
+                units[rows, t] = self.critic.units(hidden[-1])
+            finished = chosen == self.eos_token_id
+            if finished.any():
+                lengths[rows[finished]] = t + 1
+                keep = without(finished)
                 if not len(keep):
                     break
-                rows, chosen, attention_mask = rows[keep], chosen[keep], attention_mask[keep]
+                rows, chosen = rows[keep], chosen[keep]
+                attention_mask = None if attention_mask is None else attention_mask[keep]
                 for cache in caches:
                     cache.batch_select_indices(keep)
             step_ids = chosen[:, None]
-            attention_mask = torch.cat([attention_mask, attention_mask.new_ones(len(rows), 1)], 1)
-        return ids.cpu(), logprobs.cpu(), lengths.cpu()
+            if attention_mask is not None:
+                attention_mask = torch.cat(
+                    [attention_mask, attention_mask.new_ones(len(rows), 1)], dim=1
+                )
+        return ids.cpu(), logprobs.cpu(), units.cpu(), lengths.cpu()
 
-    def _next(
-        self, ids: Tensor, attention_mask: Tensor, caches: list[DynamicCache], temperature: float
-    ) -> Tensor:
-        """(b, V) float32 log-probabilities of the next token."""
-        logits = [
-            model(
+    def _hidden(
+        self, ids: Tensor, attention_mask: Tensor | None, caches: list[DynamicCache]
+    ) -> list[Tensor]:
+        """For each model the (b, H) hidden states after the last of these tokens."""
+        places = None
+        if attention_mask is not None:  # positions that padding does not advance
+            places = (attention_mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+        return [
+            model.base_model(
                 input_ids=ids,
                 attention_mask=attention_mask,
-                position_ids=positions(attention_mask)[:, -ids.shape[1] :],
+                position_ids=places,
                 past_key_values=cache,
                 use_cache=True,
-                logits_to_keep=1,
-            )
-            .logits[:, -1]
-            .float()
+            ).last_hidden_state[:, -1]
             for model, cache in zip(self.models, caches, strict=True)
         ]
+
+    def _distribution(self, hidden: list[Tensor], temperature: float) -> Tensor:
+        """(b, V) float32 log-probabilities of the next token."""
+        logits = [
+            output_logits(model, h).float() for model, h in zip(self.models, hidden, strict=True)
+        ]
         combined = logits[0] if len(logits) == 1 else extrapolate(logits[0], logits[1], self.lam)
-        return torch.log_softmax(combined / (temperature or 1.0), dim=-1)
+        if temperature not in (0, 1):
+            combined = combined / temperature
+        return torch.log_softmax(combined, dim=-1)
+
+
+def pad_left(prompts: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor | None]:
+    """Ids (b, P) that end at one column, and their mask; no mask where nothing is padded."""
+    width = max(len(p) for p in prompts)
+    ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=device)
+    if all(len(p) == width for p in prompts):
+        return ids, None
+    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
+    return ids, mask
 
 
 def _invert(log_distribution: Tensor, uniforms: Tensor, greedy: bool) -> Tensor:

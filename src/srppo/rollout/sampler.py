@@ -20,6 +20,12 @@ class Rollout:
     """(N, T) float32 nats under the sampler's own distribution; zero at padding."""
     ended: Tensor
     """(N,) bool: the response ended with EOS; False: it was cut off."""
+    exact: bool = False
+    """`logprobs` are the sampled policy's own at temperature 1, to rounding: a trainer of that
+    policy need not score the rollout under it again."""
+    value_units: Tensor | None = None
+    """(N, T) the critic's `units` before each token, from the pass that sampled it; zero at
+    padding. None: the sampler has no critic."""
 
 
 class Sampler(Protocol):

@@ -20,7 +20,7 @@ from srppo.algo.reward import log_ratio_reward
 from srppo.config import PPOConfig
 from srppo.data.chat import Example
 from srppo.models.batching import Sequences, microbatches
-from srppo.models.scoring import response_logits, score
+from srppo.models.scoring import chunks, hidden_states, output_logits, score
 from srppo.progress import Reporter
 from srppo.rollout.hf import HFSampler
 from srppo.train.ppo import correlation
@@ -84,13 +84,12 @@ def lambda_curve(
     with torch.no_grad():
         rows = torch.arange(len(y))
         for batch in microbatches(y, rows, config.max_tokens_per_batch, base.device):
-            nll = extrapolated_nll(
-                response_logits(base, batch),
-                response_logits(sft, batch),
-                batch.response_ids,
-                lams.to(base.device),
-            )
-            total += torch.where(batch.mask, nll, 0.0).sum((1, 2)).cpu()
+            base_hidden, sft_hidden = hidden_states(base, batch), hidden_states(sft, batch)
+            for some in chunks(base, batch):
+                base_logits = output_logits(base, base_hidden[some])
+                sft_logits = output_logits(sft, sft_hidden[some])
+                ids = batch.response_ids[some]
+                total += extrapolated_nll(base_logits, sft_logits, ids, lams).sum(1).cpu()
     nll_of = dict(zip(lams.tolist(), (total / len(y)).tolist(), strict=True))
     nearest = min(nll_of, key=lambda lam: abs(lam - recipe))
     return {

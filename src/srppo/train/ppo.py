@@ -17,9 +17,10 @@ from srppo.algo.masking import masked_mean, masked_sum, whiten
 from srppo.algo.reward import last_token, token_log_ratios, token_rewards
 from srppo.config import PPOConfig
 from srppo.errors import ConfigError, DataError
+from srppo.models.precision import computing
 from srppo.models.roles import Roles
-from srppo.models.scoring import score
-from srppo.models.value_head import ValueModel, values_of
+from srppo.models.scoring import score, score_with_values
+from srppo.models.value_head import ValueHead
 from srppo.progress import Reporter
 from srppo.rollout.sampler import Rollout, Sampler
 from srppo.train.metrics import MetricsLog
@@ -39,6 +40,8 @@ class Scores:
     """log pi_sft, nats: serves the reward and, with kl_ref=sft, the KL term."""
     base: Tensor
     """log pi_base, nats."""
+    value_units: Tensor | None
+    """What the critic says, in its own units; None without a critic."""
 
 
 def train_ppo(
@@ -84,7 +87,7 @@ def train_ppo(
             sampled = time.monotonic()
             scores = score_rollout(roles, rollout, config)
             rewards = rewards_of(rollout, scores, config)
-            values = values_under(roles.critic, rollout, rewards, config)
+            values = values_under(roles.critic, rollout, scores, rewards, config)
             advantages, returns = advantages_of(rewards, values, rollout, config)
             metrics = describe(rollout, scores, values, returns, config)
             scored = time.monotonic()
@@ -101,11 +104,12 @@ def train_ppo(
                         "Raise ppo.max_kl, or look at the SFT model."
                     )
                 return f"{over}: stopped. The policy is kept as that step found it."
-            experience = Experience(rollout.sequences, scores.policy, values, advantages, returns)
+            experience = Experience(rollout, scores.policy, values, advantages, returns)
             shuffle = generator(_seed(seed, "minibatches", step))
-            metrics |= update(
-                roles, experience, optimizers, config, shuffle, move_policy=not warming_up
-            )
+            with computing(config.compute, roles.policy.device):
+                metrics |= update(
+                    roles, experience, optimizers, config, shuffle, move_policy=not warming_up
+                )
 
             updated = time.monotonic()
             if evaluate and (step == total or (evaluate_every and step % evaluate_every == 0)):
@@ -135,13 +139,12 @@ def prompt_batch(prompts: list[list[int]], n: int, step: int, seed: int) -> list
 
 
 def score_rollout(roles: Roles, rollout: Rollout, config: PPOConfig) -> Scores:
-    """Two frozen passes (sft, base) and the policy's own log-probabilities."""
+    """Two frozen passes (sft, base); the policy's own numbers are the sampler's, if it can tell."""
     y, budget = rollout.sequences, config.max_tokens_per_batch
-    return Scores(
-        policy=score(roles.policy, y, budget),
-        sft=score(roles.sft, y, budget),
-        base=score(roles.base, y, budget),
-    )
+    policy, units = rollout.logprobs, rollout.value_units
+    if not rollout.exact or (roles.critic and units is None):
+        policy, units = score_with_values(roles.policy, roles.critic, y, budget)
+    return Scores(policy, score(roles.sft, y, budget), score(roles.base, y, budget), units)
 
 
 def rewards_of(rollout: Rollout, scores: Scores, config: PPOConfig) -> Tensor:
@@ -159,16 +162,16 @@ def rewards_of(rollout: Rollout, scores: Scores, config: PPOConfig) -> Tensor:
 
 
 def values_under(
-    critic: ValueModel | None, rollout: Rollout, rewards: Tensor, config: PPOConfig
+    critic: ValueHead | None, rollout: Rollout, scores: Scores, rewards: Tensor, config: PPOConfig
 ) -> Tensor:
     """(N, T) nats, V of each prefix; zero without a critic. The first call calibrates it."""
-    y = rollout.sequences
-    if critic is None:
+    mask = rollout.sequences.mask
+    if critic is None or scores.value_units is None:
         return torch.zeros_like(rewards)
     if not critic.calibrated:
-        _, returns = gae(rewards, torch.zeros_like(rewards), y.mask, config.gamma, 1.0)
-        critic.calibrate(returns, y.mask)
-    return values_of(critic, y, config.max_tokens_per_batch)
+        _, returns = gae(rewards, torch.zeros_like(rewards), mask, config.gamma, 1.0)
+        critic.calibrate(returns, mask)
+    return torch.where(mask, critic.in_nats(scores.value_units), 0.0)
 
 
 def advantages_of(
@@ -207,7 +210,6 @@ def describe(
         "eos_rate": rollout.ended.float().mean(),
         "entropy": -masked_mean(scores.policy, mask),
         "length_reward_corr": correlation(y.lengths.float(), reward),
-        "sampler_logprob_diff": masked_mean((rollout.logprobs - scores.policy).abs(), mask),
     }
     if config.token_clip is not None:
         bounded = (scores.sft - scores.base).abs() > config.token_clip

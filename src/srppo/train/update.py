@@ -9,16 +9,16 @@ import torch
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 from torch.optim import AdamW
-from transformers import PreTrainedModel
 
 from srppo.algo.kl import k3
+from srppo.algo.logprobs import token_logprobs
 from srppo.algo.loss import clip_fraction, clipped_policy_loss, clipped_value_loss
-from srppo.algo.masking import masked_mean, masked_sum
+from srppo.algo.masking import masked_mean
 from srppo.config import PPOConfig
-from srppo.models.batching import Batch, Sequences, microbatches
+from srppo.models.batching import microbatches
 from srppo.models.roles import Roles
-from srppo.models.scoring import batch_logprobs
-from srppo.models.value_head import ValueModel
+from srppo.models.scoring import chunks, hidden_states, output_logits
+from srppo.rollout.sampler import Rollout
 
 Metrics = dict[str, float]
 
@@ -27,7 +27,7 @@ Metrics = dict[str, float]
 class Experience:
     """One rollout with all that an update needs; tensors are (N, T), zero at padding."""
 
-    sequences: Sequences
+    rollout: Rollout
     logprobs: Tensor
     """log pi_theta before the update, nats: the ratio's denominator."""
     values: Tensor
@@ -100,7 +100,7 @@ def update(
     """
     stats: dict[str, list[float]] = {}
     for _ in range(config.epochs):
-        order = torch.randperm(len(experience.sequences), generator=shuffle)
+        order = torch.randperm(len(experience.rollout.sequences), generator=shuffle)
         for rows in order.split(config.minibatch_size):
             metrics = accumulate(roles, experience, rows, config, move_policy)
             if move_policy:
@@ -109,63 +109,61 @@ def update(
             for key, value in metrics.items():
                 stats.setdefault(key, []).append(value)
     means = {key: sum(values) / len(values) for key, values in stats.items()}
+    if "sampler_logprob_diff" in stats:  # only before the first step are the two one policy
+        means["sampler_logprob_diff"] = stats["sampler_logprob_diff"][0]
     return {**means, "learning_rate": float(optimizers.policy.param_groups[0]["lr"])}
 
 
 def accumulate(
     roles: Roles, experience: Experience, rows: Tensor, config: PPOConfig, policy_too: bool = True
 ) -> Metrics:
-    """Add the gradients of one minibatch; statistics are means over its response tokens."""
-    metrics = _accumulate_policy(roles.policy, experience, rows, config) if policy_too else {}
-    if roles.critic:
-        metrics |= _accumulate_critic(roles.critic, experience, rows, config)
+    """Add the gradients of one minibatch; statistics are means over its response tokens.
+
+    The output head is differentiated chunk by chunk and the trunk once with what the chunks sent
+    back: the logits of one chunk are all that ever exist.
+    """
+    policy, critic, y = roles.policy, roles.critic, experience.rollout.sequences
+    mask, old = y.mask[rows], experience.logprobs[rows]
+    n_tokens = int(mask.sum())
+    value_clip = config.value_clip * float(experience.returns[y.mask].std(correction=0))
+    new = torch.zeros_like(experience.logprobs)
+    losses, value_losses = [], []
+    for batch in microbatches(y, rows, config.max_tokens_per_batch, policy.device):
+        with torch.set_grad_enabled(policy_too):
+            hidden = hidden_states(policy, batch)
+        if policy_too:
+            logprobs, advantages = (
+                batch.take(experience.logprobs),
+                batch.take(experience.advantages),
+            )
+            parts, grads = [], []
+            for some in chunks(policy, batch):
+                head = hidden[some].detach().requires_grad_()
+                part = token_logprobs(output_logits(policy, head), batch.response_ids[some])
+                loss = clipped_policy_loss(part, logprobs[some], advantages[some], config.clip)
+                loss = loss.sum() / n_tokens
+                loss.backward()
+                losses.append(loss.detach())
+                parts.append(part.detach())
+                grads.append(head.grad if head.grad is not None else torch.zeros_like(head))
+            hidden.backward(torch.cat(grads))
+            batch.put(new, torch.cat(parts))
+        if critic:
+            values, returns = batch.take(experience.values), batch.take(experience.returns)
+            loss = clipped_value_loss(critic(hidden), values, returns, value_clip).sum()
+            loss = loss / (n_tokens * critic.scale**2)  # in its own units
+            loss.backward()
+            value_losses.append(loss.detach())
+    metrics = {"value_loss": float(sum(value_losses))} if critic else {}
+    if policy_too:
+        sampled = experience.rollout.logprobs[rows]
+        metrics |= {
+            "sampler_logprob_diff": float(masked_mean((new[rows] - sampled).abs(), mask)),
+            "policy_loss": float(sum(losses)),
+            "clip_fraction": float(clip_fraction(new[rows], old, mask, config.clip)),
+            "update_kl": float(masked_mean(k3(old, new[rows]), mask)),
+        }
     return metrics
-
-
-def _accumulate_policy(
-    policy: PreTrainedModel, experience: Experience, rows: Tensor, config: PPOConfig
-) -> Metrics:
-    n_tokens = int(experience.sequences.mask[rows].sum())
-    totals = {"policy_loss": 0.0, "clip_fraction": 0.0, "update_kl": 0.0}
-    for batch in microbatches(
-        experience.sequences, rows, config.max_tokens_per_batch, policy.device
-    ):
-        mask = batch.mask
-        old, advantages = (
-            _padded_rows(x, batch) for x in (experience.logprobs, experience.advantages)
-        )
-        new = batch_logprobs(policy, batch)
-        loss = masked_sum(clipped_policy_loss(new, old, advantages, config.clip, mask), mask)
-        loss = loss / n_tokens
-        loss.backward()
-        new, share = new.detach(), float(mask.sum()) / n_tokens
-        totals["policy_loss"] += float(loss.detach())
-        totals["clip_fraction"] += share * float(clip_fraction(new, old, mask, config.clip))
-        totals["update_kl"] += share * float(masked_mean(k3(old, new), mask))
-    return totals
-
-
-def _accumulate_critic(
-    critic: ValueModel, experience: Experience, rows: Tensor, config: PPOConfig
-) -> Metrics:
-    mask = experience.sequences.mask
-    n_tokens = int(mask[rows].sum())
-    value_clip = config.value_clip * float(experience.returns[mask].std(correction=0))
-    total = 0.0
-    for batch in microbatches(
-        experience.sequences, rows, config.max_tokens_per_batch, critic.device
-    ):
-        old, returns = (_padded_rows(x, batch) for x in (experience.values, experience.returns))
-        losses = clipped_value_loss(critic(batch), old, returns, value_clip, batch.mask)
-        loss = masked_sum(losses, batch.mask) / (n_tokens * critic.scale**2)  # in its own units
-        loss.backward()
-        total += float(loss.detach())
-    return {"value_loss": total}
-
-
-def _padded_rows(x: Tensor, batch: Batch) -> Tensor:
-    """The batch's rows of an (N, T) tensor, cut to its (b, T') and on its device."""
-    return x[batch.rows, : batch.mask.shape[1]].to(batch.mask.device)
 
 
 def generator(seed: int) -> torch.Generator:
