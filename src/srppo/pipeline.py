@@ -24,6 +24,7 @@ from srppo.eval.evaluate import Evaluator, Row, held_out_nll, load_scorer
 from srppo.models.load import (
     check_same_tokens,
     context_length,
+    has_tokenizer,
     is_adapter,
     load_tokenizer,
     require_quantizer,
@@ -310,7 +311,7 @@ class Run:
         """The SFT model's where there is one, checked against the base's."""
         model = self.recipe.model
         tokenizer = load_tokenizer(model.base)
-        if model.sft:
+        if model.sft and has_tokenizer(model.sft):
             base, tokenizer = tokenizer, load_tokenizer(model.sft)
             check_same_tokens(base, tokenizer, model.base, model.sft)
         apply_template(tokenizer)

@@ -53,12 +53,17 @@ def resolve(name: str) -> str:
             f"{name!r} holds no config.json, so it is not a Hugging Face model directory. "
             "Give the directory that `save_pretrained` wrote."
         )
-    return str(path)
+    return str(path.absolute())  # adapters remember it
 
 
 def is_adapter(name: str | Path) -> bool:
     """Whether a directory holds a LoRA adapter rather than a whole model."""
     return (Path(name).expanduser() / "adapter_config.json").is_file()
+
+
+def has_tokenizer(name: str) -> bool:
+    """False for an adapter that leaves it to its base model."""
+    return not is_adapter(name) or (Path(name).expanduser() / "tokenizer_config.json").is_file()
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
