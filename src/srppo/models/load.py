@@ -116,7 +116,12 @@ def load_model(
             f"{name!r} lacks {len(missing)} weight(s), {missing[0]} first: they would be random. "
             "Give a complete causal language model."
         )
-    return (model if quantize else model.to(place)).eval()
+    if quantize:
+        for layer in model.modules():
+            if hasattr(layer, "support_avx512bf16_for_cpu"):
+                layer.support_avx512bf16_for_cpu = False  # that 4-bit kernel has no gradients
+        return model.eval()
+    return model.to(place).eval()
 
 
 def _load_merged(path: str, dtype: str, device: str, base: str | None) -> PreTrainedModel:
