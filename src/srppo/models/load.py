@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from importlib import resources
 from importlib.util import find_spec
 from pathlib import Path
@@ -138,6 +139,8 @@ def _load_merged(path: str, dtype: str, device: str, base: str | None) -> PreTra
 def _quantized(bits: str, dtype: str, device: torch.device) -> dict[str, Any]:
     """What `from_pretrained` takes for it."""
     require_quantizer(bits)
+    # At every product it would say that 8-bit ones are made in float16.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     return {
         "quantization_config": BitsAndBytesConfig(
             load_in_4bit=bits == "4bit",
