@@ -27,8 +27,8 @@ Schedule = Literal["constant", "linear", "cosine"]
 class LoRAConfig(Section):
     """What is trained are low-rank adapters on one frozen copy of the weights (arXiv:2106.09685).
 
-    Learning rates want to be about ten times those of full fine-tuning. An adapter given as
-    `model.sft` brings its own rank, alpha and modules, for the policy starts as its copy.
+    They usually want higher learning rates than full fine-tuning. An adapter given as `model.sft`
+    brings its own rank, alpha and modules, for the policy starts as its copy.
     """
 
     rank: Positive = 16
