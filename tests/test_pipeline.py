@@ -446,7 +446,7 @@ def test_what_is_trained_is_float32_also_beside_bfloat16_models(tmp_path):
     run = start(tmp_path, model={"dtype": "bfloat16"}, eval={"every": None})
     run.sft()
     run.ppo()
-    assert run.base.dtype == run.pi_sft.dtype == torch.bfloat16
+    assert run.base.model.dtype == run.pi_sft.model.dtype == torch.bfloat16
     for name in ("sft", "policy"):
         weights = load_file(run.dir.path / name / "model.safetensors")
         assert {w.dtype for w in weights.values()} == {torch.float32}

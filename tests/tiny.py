@@ -25,7 +25,7 @@ from srppo.miniature import BASE
 from srppo.models.batching import Sequences
 
 EOS, VOCAB = 0, 24
-_SHAPE = {
+SHAPE = {
     "vocab_size": VOCAB,
     "hidden_size": 32,
     "intermediate_size": 48,
@@ -56,11 +56,11 @@ def _gpt2() -> PreTrainedModel:
 
 
 ARCHITECTURES = {
-    "llama": lambda: LlamaForCausalLM(LlamaConfig(**_SHAPE)),
+    "llama": lambda: LlamaForCausalLM(LlamaConfig(**SHAPE)),
     "gpt2": _gpt2,
-    "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**_SHAPE)),
+    "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**SHAPE)),
     # A window shorter than the sequences: what lies outside depends on true positions.
-    "mistral": lambda: MistralForCausalLM(MistralConfig(**_SHAPE, sliding_window=4)),
+    "mistral": lambda: MistralForCausalLM(MistralConfig(**SHAPE, sliding_window=4)),
 }
 
 

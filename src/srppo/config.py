@@ -6,14 +6,14 @@ checks the result. "paper" marks values from arXiv:2510.21090, "ours" what we ch
 
 from __future__ import annotations
 
-import difflib
 import math
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from srppo.errors import ConfigError
+from srppo.validation import Section, validate
 
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Positive = Annotated[int, Field(gt=0)]
@@ -24,12 +24,21 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 Schedule = Literal["constant", "linear", "cosine"]
 
 
-class Section(BaseModel):
-    """Frozen, strictly typed, unknown keys rejected."""
+class LoRAConfig(Section):
+    """What is trained are low-rank adapters on one frozen copy of the weights (arXiv:2106.09685).
 
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True
-    )
+    They usually want higher learning rates than full fine-tuning. An adapter given as `model.sft`
+    brings its own rank, alpha and modules, for the policy starts as its copy.
+    """
+
+    rank: Positive = 16
+    """Of the two factors of each weight's change (ours)."""
+    alpha: PositiveFloat = 32.0
+    """The change is alpha/rank times the factors' product (ours)."""
+    target_modules: list[str] | Literal["all-linear"] = "all-linear"
+    """Ends of the names of the layers that get one; `all-linear`: all but the output head."""
+    dropout: Fraction = 0.0
+    """In front of the adapters in stage 1; stage 2 has none, it would break PPO's ratio."""
 
 
 class ModelConfig(Section):
@@ -38,11 +47,27 @@ class ModelConfig(Section):
     base: str
     """pi_base: a Hugging Face name, a model directory, or `srppo:miniature`."""
     sft: str | None = None
-    """An SFT checkpoint made elsewhere; stage 1 is then skipped."""
+    """An SFT checkpoint made elsewhere, or a LoRA adapter for `base`; stage 1 is then skipped."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Number format of frozen models; what is trained, and log-probabilities, are float32."""
     device: str = "auto"
     """`auto` (CUDA if there is one), `cpu`, `cuda`, `cuda:1`."""
+    lora: LoRAConfig | None = None
+    """Train adapters; base, sft and policy share one copy of the weights. null: train all."""
+    quantize: Literal["4bit", "8bit"] | None = None
+    """The frozen weights in 4 (NF4) or 8 bits, by bitsandbytes; needs lora. null: in dtype."""
+    offload: bool = False
+    """Frozen models wait in CPU memory and visit the GPU while they score. Weights that the policy
+    shares stay there."""
+
+    @model_validator(mode="after")
+    def _possible(self) -> ModelConfig:
+        if self.quantize and not self.lora:
+            raise ValueError(
+                f"quantize={self.quantize} without lora: quantised weights cannot be trained. "
+                "Set model.lora.rank=16."
+            )
+        return self
 
 
 class DataConfig(Section):
@@ -81,6 +106,9 @@ class SFTConfig(Section):
     """Demonstrations per optimizer step (paper)."""
     micro_batch_size: Positive = 8
     """Demonstrations per forward pass; memory only."""
+    gradient_checkpointing: bool = False
+    """Keep each layer's input only and compute the rest again in the backward pass: activations
+    take a fraction of the memory, the pass about a third more time."""
     learning_rate: PositiveFloat = 1e-5
     """Peak learning rate (paper: one of 1e-5, 5e-6, 1e-6, 5e-7)."""
     lr_schedule: Schedule = "linear"
@@ -127,6 +155,9 @@ class PPOConfig(Section):
     The reward's own precision is model.dtype."""
     max_tokens_per_batch: Positive = 16384
     """Tokens, padding included, per forward pass; memory and speed only."""
+    gradient_checkpointing: bool = False
+    """Keep each layer's input only and compute the rest again in the backward pass: activations
+    take a fraction of the memory, the pass about a third more time."""
 
     kl_coef: PositiveFloat = 0.2
     """beta, the KL coefficient (paper: 0.2 or 0.5)."""
@@ -204,7 +235,7 @@ class EvalConfig(Section):
     scorer: str | None = None
     """`python:package.module:function` or `python:path/to/file.py:function`, called as
     `score(rows, responses, ended) -> {name: [float, ...]}`; null: length, EOS and reward only."""
-    temperatures: list[NonNegativeFloat] = [1.0]
+    temperatures: list[NonNegativeFloat] = Field(default=[1.0])
     """Sampling temperatures; 0 is greedy."""
     samples_per_prompt: Positive = 1
     """Responses to each prompt at temperatures above 0."""
@@ -254,7 +285,9 @@ class Recipe(Section):
     audit: AuditConfig = AuditConfig()
     ppo: PPOConfig = PPOConfig()
     eval: EvalConfig = EvalConfig()
-    controls: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9][\w.@-]*$")], ControlConfig] = {}
+    controls: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9][\w.@-]*$")], ControlConfig] = Field(
+        {}
+    )
     """Name: control. Each is trained and evaluated beside the run's own models; null: none."""
 
     @field_validator("controls", mode="before")
@@ -288,7 +321,7 @@ class Recipe(Section):
             for section in ("sft", "ppo"):
                 if changes := getattr(control, section):
                     kind, merged = self._changed(section, changes)
-                    _validate(kind, merged, prefix=("controls", name, section))
+                    validate(kind, merged, prefix=("controls", name, section))
         return self
 
     def _changed(self, section: str, changes: dict[str, Any]) -> tuple[type[Section], Any]:
@@ -354,39 +387,5 @@ def parse_recipe(tree: dict[Any, Any]) -> Recipe:
     Raises:
         ConfigError: every problem found, one per line.
     """
-    recipe: Recipe = _validate(Recipe, tree)
+    recipe: Recipe = validate(Recipe, tree)
     return recipe
-
-
-def _validate(kind: type[Section], tree: Any, prefix: tuple[str, ...] = ()) -> Any:
-    try:
-        return kind.model_validate(tree)
-    except ValidationError as e:
-        lines = [_explain(kind, error, prefix) for error in e.errors()]
-        raise ConfigError("\n".join(lines)) from e
-
-
-def _explain(kind: type[Section], error: Any, prefix: tuple[str, ...]) -> str:
-    """One pydantic error as: key, value, consequence, cure."""
-    key = ".".join(str(part) for part in (*prefix, *error["loc"])) or "recipe"
-    if error["type"] == "extra_forbidden":
-        known = _known_keys(kind, error["loc"][:-1])
-        near = difflib.get_close_matches(str(error["loc"][-1]), known, n=1)
-        hint = f"Did you mean {near[0]!r}?" if near else f"Known here: {', '.join(known)}."
-        return f"{key}: no such setting; it would have no effect. {hint}"
-    if error["type"] == "missing":
-        return f"{key}: missing, and it has no default. Add it to the recipe."
-    if error["type"] == "value_error":
-        text = str(error["ctx"]["error"])
-        return text if key == "recipe" or key in text else f"{key}: {text}"
-    if error["type"] in ("model_type", "dict_type"):
-        return f"{key}={error['input']!r}: a group of settings, not a value. Set {key}.something."
-    said = error["msg"][:1].lower() + error["msg"][1:]
-    return f"{key}={error['input']!r}: {said}. Change it in the recipe."
-
-
-def _known_keys(kind: type[Section], path: tuple[Any, ...]) -> list[str]:
-    for part in path:
-        inner = kind.model_fields[str(part)].annotation if str(part) in kind.model_fields else None
-        kind = inner if isinstance(inner, type) and issubclass(inner, Section) else ControlConfig
-    return list(kind.model_fields)

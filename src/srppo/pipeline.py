@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import transformers
-from transformers import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from srppo.config import PPOConfig, Recipe, SFTConfig
@@ -22,8 +21,17 @@ from srppo.data.load import fingerprint, read_data
 from srppo.data.prompts import Prompt
 from srppo.errors import ConfigError, RunDirError
 from srppo.eval.evaluate import Evaluator, Row, held_out_nll, load_scorer
-from srppo.models.load import check_same_tokens, context_length, load_model, load_tokenizer
-from srppo.models.roles import Roles
+from srppo.models.load import (
+    check_same_tokens,
+    context_length,
+    has_tokenizer,
+    is_adapter,
+    load_tokenizer,
+    require_quantizer,
+)
+from srppo.models.memory import activation_checkpointing
+from srppo.models.roles import Role, Roles
+from srppo.models.start import start_frozen, start_sft
 from srppo.progress import Reporter
 from srppo.provenance import now, provenance
 from srppo.report import build
@@ -49,6 +57,8 @@ class Run:
         transformers.logging.disable_progress_bar()
         self.recipe = recipe
         self.reporter = reporter or Reporter()
+        if recipe.model.quantize:
+            require_quantizer(recipe.model.quantize)
         self.tokenizer = self._tokenizer()
         self._check_context()
         self.scorer = load_scorer(recipe.eval.scorer) if recipe.eval.scorer else None
@@ -150,8 +160,8 @@ class Run:
             raise ConfigError(
                 "data.demonstrations is not set: stage 1 has nothing to train on. Set it."
             )
-        model = load_model(self.recipe.model.base, "float32", self.recipe.model.device)
-        with MetricsLog(self.dir.path, name) as log:
+        role = start_sft(self.recipe.model, self.recipe.seed)
+        with MetricsLog(self.dir.path, name) as log, role.active() as model:
             train_sft(
                 model,
                 self.tokenizer,
@@ -162,14 +172,14 @@ class Run:
                 reporter=self.reporter,
                 title=name.upper() if name == "sft" else name,
             )
-        self.dir.save_model(name, model, self.tokenizer)
+        self.dir.save_model(name, role, self.tokenizer)
 
     def _train_ppo(
         self,
         name: str,
         metrics_name: str,
         config: PPOConfig,
-        curve: Callable[[PreTrainedModel], Metrics] | None,
+        curve: Callable[[Role], Metrics] | None,
     ) -> None:
         roles = Roles.begin(self.base, self.pi_sft, critic=config.estimator == "ppo")
         sampler = HFSampler(
@@ -180,7 +190,11 @@ class Run:
             critic=roles.critic,
             compute=config.compute,
         )
-        with MetricsLog(self.dir.path, metrics_name) as log:
+        with (
+            MetricsLog(self.dir.path, metrics_name) as log,
+            roles.policy.active() as model,
+            activation_checkpointing(model, config.gradient_checkpointing),
+        ):
             stopped = train_ppo(
                 roles,
                 sampler,
@@ -252,9 +266,10 @@ class Run:
         if control and control.extrapolate is not None:
             return evaluator.sampler(self.pi_sft, self.base, control.extrapolate)
         path = self.dir.path / ("policy" if name == "policy" else f"controls/{name}")
-        return evaluator.sampler(self._load(path))
+        like = self.base if control and control.sft is not None else self.pi_sft
+        return evaluator.sampler(like.sibling(path))
 
-    def _curve(self, policy: PreTrainedModel) -> Metrics:
+    def _curve(self, policy: Role) -> Metrics:
         """The evaluation curve's point: `eval/<score>/<group>` at temperature 1."""
         if not self.recipe.eval.every:
             return {}
@@ -280,24 +295,25 @@ class Run:
 
     # --- models ---------------------------------------------------------------------------------
 
-    @cached_property
-    def base(self) -> PreTrainedModel:
+    @property
+    def base(self) -> Role:
         """pi_base, frozen."""
-        return self._load(self.recipe.model.base).requires_grad_(False)
+        return self._frozen[0]
+
+    @property
+    def pi_sft(self) -> Role:
+        """pi_sft, frozen."""
+        return self._frozen[1]
 
     @cached_property
-    def pi_sft(self) -> PreTrainedModel:
-        """pi_sft, frozen."""
-        return self._load(self.sft()).requires_grad_(False)
-
-    def _load(self, name: str | Path) -> PreTrainedModel:
-        return load_model(str(name), self.recipe.model.dtype, self.recipe.model.device)
+    def _frozen(self) -> tuple[Role, Role]:
+        return start_frozen(self.recipe.model, self.sft(), self.recipe.seed)
 
     def _tokenizer(self) -> PreTrainedTokenizerBase:
         """The SFT model's where there is one, checked against the base's."""
         model = self.recipe.model
         tokenizer = load_tokenizer(model.base)
-        if model.sft:
+        if model.sft and has_tokenizer(model.sft):
             base, tokenizer = tokenizer, load_tokenizer(model.sft)
             check_same_tokens(base, tokenizer, model.base, model.sft)
         apply_template(tokenizer)
@@ -306,7 +322,8 @@ class Run:
     def _check_context(self) -> None:
         data = self.recipe.data
         longest = data.max_prompt_tokens + data.max_response_tokens
-        for name in filter(None, (self.recipe.model.base, self.recipe.model.sft)):
+        names = (self.recipe.model.base, self.recipe.model.sft)
+        for name in (n for n in names if n and not is_adapter(n)):
             context = context_length(name)
             if context is not None and longest > context:
                 raise ConfigError(

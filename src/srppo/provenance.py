@@ -18,7 +18,16 @@ from srppo.config import Recipe
 
 def provenance(recipe: Recipe, source: str) -> dict[str, Any]:
     """The head of run.json: command, versions, commit, hardware, seed, models."""
-    packages = ("srppo", "torch", "transformers", "trl", "datasets", "accelerate", "tokenizers")
+    packages = (
+        "srppo",
+        "torch",
+        "transformers",
+        "peft",
+        "trl",
+        "datasets",
+        "accelerate",
+        "tokenizers",
+    )
     return {
         "recipe_source": source,
         "command": " ".join(["srppo", *sys.argv[1:]]),

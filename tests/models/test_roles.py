@@ -9,7 +9,7 @@ from srppo.models.roles import Roles
 def test_the_policy_starts_as_sft_and_shares_no_memory_with_it():
     base, sft = tiny.model(seed=0), tiny.model(seed=1)
     roles = Roles.begin(base, sft, critic=True)
-    for name, weight in roles.policy.state_dict().items():
+    for name, weight in roles.policy.model.state_dict().items():
         assert torch.equal(weight, sft.state_dict()[name])
         assert weight.data_ptr() != sft.state_dict()[name].data_ptr()
     assert all(p.requires_grad for p in roles.policy.parameters())
@@ -32,4 +32,4 @@ def test_without_a_critic_there_is_none():
 
 def test_tied_embeddings_stay_tied_in_the_copy():
     policy = Roles.begin(tiny.model("gpt2"), tiny.model("gpt2"), critic=False).policy
-    assert policy.lm_head.weight is policy.transformer.wte.weight
+    assert policy.model.lm_head.weight is policy.model.transformer.wte.weight

@@ -102,7 +102,7 @@ def test_what_an_architecture_does_to_its_logits_is_done():
         ("cohere", {"logit_scale": 0.1, "pad_token_id": 0}),
     ):
         torch.manual_seed(0)
-        config = AutoConfig.for_model(kind, **{**tiny._SHAPE, **setting})
+        config = AutoConfig.for_model(kind, **{**tiny.SHAPE, **setting})
         model = AutoModelForCausalLM.from_config(config).eval()
         y = tiny.sequences()
         torch.testing.assert_close(score(model, y, 40), alone(model, y), atol=1e-5, rtol=0)

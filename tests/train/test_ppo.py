@@ -220,7 +220,7 @@ class Recording:
     def sample(self, prompts, seed, temperature=1.0):
         self.prompts.append(prompts)
         self.seeds.append(seed)
-        self.weights.append(weights_of(self.policy))
+        self.weights.append(weights_of(self.policy.model))
         return self.inner.sample(prompts, seed, temperature)
 
 
@@ -325,7 +325,7 @@ def test_rloo_has_no_critic_and_no_value_metrics(train):
 def test_warm_up_steps_come_on_top_and_do_not_move_the_policy(train):
     _, roles, sampler, lines = train(value_warmup_steps=2, steps=2)
     assert [line["step"] for line in lines] == [1, 2, 3, 4]
-    start = weights_of(roles.sft)
+    start = weights_of(roles.sft.model)
     assert [torch.equal(w, start) for w in sampler.weights] == [True, True, True, False]
     assert "grad_norm" not in lines[0]
     assert "grad_norm" in lines[2]
@@ -352,7 +352,7 @@ def test_max_kl_stops_training_and_says_so(train):
     assert "ppo.max_kl=0.05" in stopped
     assert lines[-1]["kl_ref"] > 0.05
     assert all(line["kl_ref"] <= 0.05 for line in lines[:-1])
-    assert torch.equal(weights_of(roles.policy), sampler.weights[-1])  # kept as it was
+    assert torch.equal(weights_of(roles.policy.model), sampler.weights[-1])  # kept as it was
 
 
 def test_max_kl_measures_the_distance_to_the_reference_of_the_recipe(train):
@@ -364,7 +364,7 @@ def test_max_kl_measures_the_distance_to_the_reference_of_the_recipe(train):
 def test_a_policy_that_broke_stops_the_run(pair, tmp_path):
     roles = Roles.begin(*pair, critic=False)
     fixed = replace(Recording(roles.sft).sample(PROMPTS, seed=0), exact=False)
-    roles.policy.lm_head.weight.data[:] = torch.nan
+    roles.policy.model.lm_head.weight.data[:] = torch.nan
 
     class Fixed:
         def sample(self, prompts, seed, temperature=1.0):
@@ -393,7 +393,7 @@ def test_equal_seeds_give_equal_runs_and_others_do_not(train):
     def run(seed):
         _, roles, _, lines = train(seed=seed)
         timeless = [{k: v for k, v in x.items() if not k.startswith("time/")} for x in lines]
-        return weights_of(roles.policy), timeless
+        return weights_of(roles.policy.model), timeless
 
     (one, lines), (two, same_lines), (other, other_lines) = run(5), run(5), run(6)
     assert torch.equal(one, two)
@@ -417,12 +417,12 @@ def test_no_prompts_is_an_error_with_a_cure(train):
 def test_scores_are_those_of_the_three_models(pair):
     roles = Roles.begin(*pair, critic=False)
     with torch.no_grad():
-        roles.policy.lm_head.weight *= 1.5
+        roles.policy.model.lm_head.weight *= 1.5
     rollout = Recording(roles.policy).sample(PROMPTS, seed=0)
     scores = score_rollout(roles, rollout, PPOConfig())
     for name in ("policy", "sft", "base"):
         prompt, response = tiny.row(rollout.sequences, 1)
-        expected = tiny.plain_logprobs(getattr(roles, name), prompt, response)
+        expected = tiny.plain_logprobs(getattr(roles, name).model, prompt, response)
         torch.testing.assert_close(
             getattr(scores, name)[1, : len(response)], expected, atol=1e-5, rtol=0
         )

@@ -96,7 +96,7 @@ def test_the_first_gradient_is_the_policy_gradient(roles, experience):
     rows = torch.tensor([8, 1, 5])
     accumulate(roles, experience, rows, config_of())
     found = gradients(roles.policy)
-    roles.policy.zero_grad()
+    roles.policy.model.zero_grad()
     y, total, tokens = experience.rollout.sequences, torch.tensor(0.0), 0
     for i in rows.tolist():
         prompt, response = tiny.row(y, i)
@@ -114,7 +114,7 @@ def test_microbatches_add_up_to_the_gradient_of_the_whole(roles, experience, bud
     """Rows differ in length, so a mean of microbatch means would be another gradient."""
     whole = accumulate(roles, experience, ROWS, config_of())
     of_whole = [gradients(m) for m in (roles.policy, roles.critic)]
-    roles.policy.zero_grad()
+    roles.policy.model.zero_grad()
     roles.critic.zero_grad()
     split = accumulate(roles, experience, ROWS, config_of(max_tokens_per_batch=budget))
     of_split = [gradients(m) for m in (roles.policy, roles.critic)]
@@ -126,7 +126,7 @@ def test_a_ratio_outside_the_clip_that_would_gain_more_has_no_gradient(roles, ex
     """old = new - 1, so every ratio is e; positive advantages are clipped, negative ones not."""
     y = experience.rollout.sequences
     for sign, clipped in ((1.0, True), (-1.0, False)):
-        roles.policy.zero_grad()
+        roles.policy.model.zero_grad()
         moved = Experience(
             experience.rollout,
             (experience.logprobs - 1.0) * y.mask,
@@ -172,7 +172,7 @@ def test_padding_may_hold_nan(roles, experience):
     )
     accumulate(roles, experience, ROWS, config_of())
     expected = gradients(roles.policy)
-    roles.policy.zero_grad()
+    roles.policy.model.zero_grad()
     stats = accumulate(roles, poisoned, ROWS, config_of())
     torch.testing.assert_close(gradients(roles.policy), expected)
     assert all(math.isfinite(value) for value in stats.values())
@@ -216,10 +216,12 @@ def test_the_critic_learns_the_returns(roles):
 
 
 def test_an_update_moves_policy_and_critic_and_leaves_base_and_sft_alone(roles, experience):
-    before = {n: weights(getattr(roles, n)) for n in ("base", "sft", "policy", "critic")}
+    models = {n: getattr(roles, n).model for n in ("base", "sft", "policy")}
+    models["critic"] = roles.critic
+    before = {n: weights(m) for n, m in models.items()}
     config = config_of()
     stats = update(roles, experience, Optimizers(roles, config), config, generator(0))
-    moved = {n for n, w in before.items() if not torch.equal(w, weights(getattr(roles, n)))}
+    moved = {n for n, w in before.items() if not torch.equal(w, weights(models[n]))}
     assert moved == {"policy", "critic"}
     assert stats["learning_rate"] == 1e-3
     assert stats["grad_norm"] > 0

@@ -21,6 +21,7 @@ from srppo.data.chat import Example
 from srppo.data.prompts import Prompt
 from srppo.errors import ConfigError, SrppoError
 from srppo.models.batching import Sequences
+from srppo.models.roles import Role
 from srppo.models.scoring import score
 from srppo.rollout.hf import HFSampler, Progress
 from srppo.rollout.sampler import Rollout
@@ -38,8 +39,8 @@ class Evaluator:
     prompts: list[Prompt]
     max_new_tokens: int
     seed: int
-    base: PreTrainedModel
-    sft: PreTrainedModel
+    base: Role | PreTrainedModel
+    sft: Role | PreTrainedModel
     max_tokens_per_batch: int
     scorer: Scorer | None = None
 
@@ -49,7 +50,10 @@ class Evaluator:
         return sorted({_group(p) for p in self.prompts})
 
     def sampler(
-        self, model: PreTrainedModel, base: PreTrainedModel | None = None, lam: float = 1.0
+        self,
+        model: Role | PreTrainedModel,
+        base: Role | PreTrainedModel | None = None,
+        lam: float = 1.0,
     ) -> HFSampler:
         """Samples from `model`, or from base·(model/base)^lam."""
         return HFSampler(
@@ -146,7 +150,7 @@ class Evaluator:
         return rows
 
 
-def held_out_nll(model: PreTrainedModel, examples: list[Example], max_tokens: int) -> float:
+def held_out_nll(model: Role | PreTrainedModel, examples: list[Example], max_tokens: int) -> float:
     """Mean over demonstrations of -log pi(y|x), nats a response."""
     y = Sequences.of([e.prompt_ids for e in examples], [e.response_ids for e in examples])
     return -float(score(model, y, max_tokens).sum()) / len(examples)

@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 import copy
+import logging
 from importlib import resources
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from peft import PeftConfig, PeftModel
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+)
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from srppo.errors import ModelError
 
-# What `from_pretrained` raises for missing, unreadable or foreign files.
-_LOAD_ERRORS = (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError)
+LOAD_ERRORS = (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError)
+"""What `from_pretrained` raises for missing, unreadable or foreign files."""
 
 
 def resolve(name: str) -> str:
@@ -40,12 +49,22 @@ def resolve(name: str) -> str:
                 "with config.json and model.safetensors, or a Hugging Face name (owner/model)."
             )
         return name
-    if not (path / "config.json").is_file():
+    if not (path / "config.json").is_file() and not is_adapter(path):
         raise ModelError(
             f"{name!r} holds no config.json, so it is not a Hugging Face model directory. "
             "Give the directory that `save_pretrained` wrote."
         )
-    return str(path)
+    return str(path.absolute())  # adapters remember it
+
+
+def is_adapter(name: str | Path) -> bool:
+    """Whether a directory holds a LoRA adapter rather than a whole model."""
+    return (Path(name).expanduser() / "adapter_config.json").is_file()
+
+
+def has_tokenizer(name: str) -> bool:
+    """False for an adapter that leaves it to its base model."""
+    return not is_adapter(name) or (Path(name).expanduser() / "tokenizer_config.json").is_file()
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
@@ -53,8 +72,8 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     path = resolve(name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
-    except _LOAD_ERRORS as e:
-        raise ModelError(_cannot_load("tokenizer", name, e)) from e
+    except LOAD_ERRORS as e:
+        raise ModelError(cannot_load("tokenizer", name, e)) from e
     if tokenizer.eos_token_id is None:
         raise ModelError(
             f"the tokenizer of {name!r} has no EOS token: responses could never end, and the "
@@ -63,27 +82,83 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_model(name: str, dtype: str = "float32", device: str = "cpu") -> PreTrainedModel:
+def load_model(
+    name: str,
+    dtype: str = "float32",
+    device: str = "cpu",
+    *,
+    quantize: Literal["4bit", "8bit"] | None = None,
+    base: str | None = None,
+) -> PreTrainedModel:
     """A causal language model in eval mode (dropout would break PPO's ratio).
 
-    Weights come from safetensors only; a model directory cannot run code.
+    Weights come from safetensors only; a model directory cannot run code. An adapter is merged into
+    `base`, or into the model that it names; saved, that is a whole model again.
 
     Raises:
         ModelError: missing, unreadable or unsuitable files.
     """
     path = resolve(name)
+    place = pick_device(device)
+    if is_adapter(path):
+        return _load_merged(path, dtype, device, base)
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
-            path, dtype=getattr(torch, dtype), use_safetensors=True, output_loading_info=True
+            path,
+            dtype=getattr(torch, dtype),
+            use_safetensors=True,
+            output_loading_info=True,
+            **(_quantized(quantize, dtype, place) if quantize else {}),
         )
-    except _LOAD_ERRORS as e:
-        raise ModelError(_cannot_load("model", name, e)) from e
+    except LOAD_ERRORS as e:
+        raise ModelError(cannot_load("model", name, e)) from e
     if missing := sorted(info["missing_keys"]):
         raise ModelError(
             f"{name!r} lacks {len(missing)} weight(s), {missing[0]} first: they would be random. "
             "Give a complete causal language model."
         )
-    return model.to(pick_device(device)).eval()
+    if quantize:
+        for layer in model.modules():
+            if hasattr(layer, "support_avx512bf16_for_cpu"):
+                layer.support_avx512bf16_for_cpu = False  # that 4-bit kernel has no gradients
+        return model.eval()
+    return model.to(place).eval()
+
+
+def _load_merged(path: str, dtype: str, device: str, base: str | None) -> PreTrainedModel:
+    try:
+        named = PeftConfig.from_pretrained(path).base_model_name_or_path
+        model = load_model(base or str(named), dtype, device)
+        return PeftModel.from_pretrained(model, path).merge_and_unload().requires_grad_(True)
+    except LOAD_ERRORS as e:
+        if isinstance(e, ModelError):
+            raise
+        raise ModelError(cannot_load("adapter", path, e)) from e
+
+
+def _quantized(bits: str, dtype: str, device: torch.device) -> dict[str, Any]:
+    """What `from_pretrained` takes for it."""
+    require_quantizer(bits)
+    # At every product it would say that 8-bit ones are made in float16.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    return {
+        "quantization_config": BitsAndBytesConfig(
+            load_in_4bit=bits == "4bit",
+            load_in_8bit=bits == "8bit",
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_compute_dtype=getattr(torch, dtype),
+        ),
+        "device_map": {"": device},
+    }
+
+
+def require_quantizer(bits: str) -> None:
+    """Raises ModelError without bitsandbytes."""
+    if find_spec("bitsandbytes") is None:
+        raise ModelError(
+            f"model.quantize={bits} needs bitsandbytes, which is not installed: the weights cannot "
+            "be quantised. Run: pip install 'srppo[quantize]'"
+        )
 
 
 def pick_device(device: str) -> torch.device:
@@ -106,8 +181,8 @@ def context_length(name: str) -> int | None:
     path = resolve(name)
     try:
         config: Any = AutoConfig.from_pretrained(path)
-    except _LOAD_ERRORS as e:
-        raise ModelError(_cannot_load("configuration", name, e)) from e
+    except LOAD_ERRORS as e:
+        raise ModelError(cannot_load("configuration", name, e)) from e
     return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
@@ -141,7 +216,8 @@ def frozen_copy(model: PreTrainedModel) -> PreTrainedModel:
     return copy.deepcopy(model).requires_grad_(False)
 
 
-def _cannot_load(what: str, name: str, error: BaseException) -> str:
+def cannot_load(what: str, name: str, error: BaseException) -> str:
+    """A message for whatever is in LOAD_ERRORS."""
     lines = [line for line in str(error).splitlines() if line.strip()] or [repr(error)]
     return (
         f"the {what} of {name!r} cannot be loaded: {lines[0].strip()} "

@@ -1,34 +1,107 @@
-"""The four roles of stage 2 and how they come to be."""
+"""The roles of stage 2 and how they come to be."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
+import torch
+from torch import nn
 from transformers import PreTrainedModel
 
-from srppo.models.load import frozen_copy
+from srppo.models.load import frozen_copy, load_model
 from srppo.models.value_head import ValueHead
+
+
+class Role:
+    """One model: base, sft, policy or another checkpoint. Its weights are its own;
+    `srppo.models.lora.AdapterRole` shares them.
+
+    Call it as the transformers model. Whoever needs more of it, or calls it many times over, does
+    so while it is `active`.
+    """
+
+    def __init__(self, model: PreTrainedModel, device: torch.device | None = None) -> None:
+        """`device`, where it differs from the model's own: the model goes there while active."""
+        self.model = model
+        self.device: torch.device = device or model.device
+        """Where inputs have to be."""
+        self._here = self.device == model.device
+
+    @staticmethod
+    def of(model: Role | PreTrainedModel) -> Role:
+        """A model in a role of its own; a role as it is."""
+        return model if isinstance(model, Role) else Role(model)
+
+    @property
+    def config(self) -> Any:
+        """The transformers configuration."""
+        return self.model.config
+
+    @contextmanager
+    def active(self) -> Iterator[PreTrainedModel]:
+        """The transformers model, on `device` and with this role's weights in force."""
+        if self._here:
+            yield self.model
+            return
+        self.model.to(self.device)
+        self._here = True
+        try:
+            yield self.model
+        finally:
+            self.model.to("cpu")
+            self._here = False
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """What the model's forward returns."""
+        with self.active() as model:
+            return model(*args, **kwargs)
+
+    def parameters(self) -> list[nn.Parameter]:
+        """Those that are trained: all of the policy's, none of a frozen role's."""
+        return [p for p in self.model.parameters() if p.requires_grad]
+
+    def freeze(self) -> Role:
+        """Nothing is trained from here on."""
+        self.model.requires_grad_(False)
+        return self
+
+    def successor(self) -> Role:
+        """What training starts from: equal to this role, float32, with weights of its own."""
+        model = frozen_copy(self.model).float().to(self.device)
+        return Role(model.requires_grad_(True))
+
+    def sibling(self, directory: str | Path) -> Role:
+        """Another checkpoint of the same run, frozen."""
+        dtype = str(self.model.dtype).removeprefix("torch.")
+        return Role(load_model(str(directory), dtype, str(self.device))).freeze()
+
+    def save_pretrained(self, directory: str | Path) -> None:
+        """Write a directory that transformers can load."""
+        with self.active() as model:
+            model.save_pretrained(directory)
 
 
 @dataclass
 class Roles:
-    """Who is who. `base` and `sft` are frozen; `policy` starts as a copy of `sft`.
+    """Who is who. `base` and `sft` are frozen; `policy` starts equal to `sft`.
 
     What is trained is float32 whatever the frozen models are: in bfloat16 a step of 1e-6 changes
     almost no weight.
     """
 
-    base: PreTrainedModel
-    sft: PreTrainedModel
-    policy: PreTrainedModel
+    base: Role
+    sft: Role
+    policy: Role
     critic: ValueHead | None = None
 
     @staticmethod
-    def begin(base: PreTrainedModel, sft: PreTrainedModel, critic: bool) -> Roles:
+    def begin(base: Role | PreTrainedModel, sft: Role | PreTrainedModel, critic: bool) -> Roles:
         """The roles at the start of stage 2."""
-        return Roles(
-            base=base.requires_grad_(False),
-            sft=sft.requires_grad_(False),
-            policy=frozen_copy(sft).float().requires_grad_(True),
-            critic=ValueHead(sft) if critic else None,
-        )
+        base, sft = Role.of(base).freeze(), Role.of(sft).freeze()
+        with sft.active() as model:
+            value = ValueHead(model) if critic else None
+        return Roles(base=base, sft=sft, policy=sft.successor(), critic=value)

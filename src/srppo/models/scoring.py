@@ -13,6 +13,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from srppo.algo.logprobs import chunk_size, token_logprobs
 from srppo.models.batching import Batch, Sequences, microbatches
+from srppo.models.roles import Role
 from srppo.models.value_head import ValueHead
 
 
@@ -54,25 +55,27 @@ def chunks(model: PreTrainedModel, batch: Batch) -> Iterator[slice]:
         yield slice(start, start + size)
 
 
-def score(model: PreTrainedModel, sequences: Sequences, max_tokens: int) -> Tensor:
+def score(model: Role | PreTrainedModel, sequences: Sequences, max_tokens: int) -> Tensor:
     """(N, T) float32 nats on the CPU, zero at padding; log pi(y_t | x, y_<t) at temperature 1."""
     return score_with_values(model, None, sequences, max_tokens)[0]
 
 
 @torch.no_grad()
 def score_with_values(
-    model: PreTrainedModel, critic: ValueHead | None, sequences: Sequences, max_tokens: int
+    model: Role | PreTrainedModel, critic: ValueHead | None, sequences: Sequences, max_tokens: int
 ) -> tuple[Tensor, Tensor]:
     """`score`, and from the same pass the critic's `units`; (N, T) each, zeros without a critic."""
+    role = Role.of(model)
     logprobs, units = torch.zeros(2, *sequences.mask.shape)
     rows = torch.arange(len(sequences))
-    for batch in microbatches(sequences, rows, max_tokens, model.device):
-        hidden = hidden_states(model, batch)
-        parts = [
-            token_logprobs(output_logits(model, hidden[some]), batch.response_ids[some])
-            for some in chunks(model, batch)
-        ]
-        batch.put(logprobs, torch.cat(parts))
-        if critic:
-            batch.put(units, critic.units(hidden))
+    with role.active() as active:
+        for batch in microbatches(sequences, rows, max_tokens, role.device):
+            hidden = hidden_states(active, batch)
+            parts = [
+                token_logprobs(output_logits(active, hidden[some]), batch.response_ids[some])
+                for some in chunks(active, batch)
+            ]
+            batch.put(logprobs, torch.cat(parts))
+            if critic:
+                batch.put(units, critic.units(hidden))
     return logprobs, units

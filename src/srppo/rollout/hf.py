@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from srppo.algo.optimum import extrapolate
 from srppo.errors import ModelError
 from srppo.models.batching import Sequences
 from srppo.models.precision import Compute, computing
+from srppo.models.roles import Role
 from srppo.models.scoring import output_logits
 from srppo.models.value_head import ValueHead
 from srppo.rollout.cache import growing_cache, without
@@ -30,12 +32,12 @@ class HFSampler:
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        model: Role | PreTrainedModel,
         *,
         eos_token_id: int,
         max_new_tokens: int,
         max_tokens_per_batch: int = 65536,
-        base: PreTrainedModel | None = None,
+        base: Role | PreTrainedModel | None = None,
         lam: float = 1.0,
         critic: ValueHead | None = None,
         compute: Compute = "float32",
@@ -44,7 +46,7 @@ class HFSampler:
 
         With `critic`, a head on this model's hidden states, rollouts carry its values.
         """
-        self.models = [model] if base is None else [base, model]
+        self.models = [Role.of(m) for m in (base, model) if m is not None]
         self.critic = critic
         self.compute: Compute = compute
         self.eos_token_id = eos_token_id
@@ -71,7 +73,10 @@ class HFSampler:
             rows = torch.tensor(order[-max(1, self.max_tokens_per_batch // width) :])
             del order[-len(rows) :]
             some = [prompts[i] for i in rows.tolist()]
-            with computing(self.compute, self.models[0].device):
+            with ExitStack() as stack:
+                for model in self.models:  # once for the whole decoding, not for every token
+                    stack.enter_context(model.active())
+                stack.enter_context(computing(self.compute, self.models[0].device))
                 ids[rows], logprobs[rows], units[rows], lengths[rows] = self._decode(
                     some, uniforms[rows], temperature
                 )
@@ -138,21 +143,24 @@ class HFSampler:
         places = None
         if attention_mask is not None:  # positions that padding does not advance
             places = (attention_mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
-        return [
-            model.base_model(
-                input_ids=ids,
-                attention_mask=attention_mask,
-                position_ids=places,
-                past_key_values=cache,
-                use_cache=True,
-            ).last_hidden_state[:, -1]
-            for model, cache in zip(self.models, caches, strict=True)
-        ]
+        hidden = []
+        for role, cache in zip(self.models, caches, strict=True):
+            with role.active() as model:
+                outputs = model.base_model(
+                    input_ids=ids,
+                    attention_mask=attention_mask,
+                    position_ids=places,
+                    past_key_values=cache,
+                    use_cache=True,
+                )
+            hidden.append(outputs.last_hidden_state[:, -1])
+        return hidden
 
     def _distribution(self, hidden: list[Tensor], temperature: float) -> Tensor:
         """(b, V) float32 log-probabilities of the next token."""
         logits = [
-            output_logits(model, h).float() for model, h in zip(self.models, hidden, strict=True)
+            output_logits(role.model, h).float()
+            for role, h in zip(self.models, hidden, strict=True)
         ]
         combined = logits[0] if len(logits) == 1 else extrapolate(logits[0], logits[1], self.lam)
         if temperature not in (0, 1):

@@ -20,6 +20,7 @@ from srppo.algo.reward import log_ratio_reward
 from srppo.config import PPOConfig
 from srppo.data.chat import Example
 from srppo.models.batching import Sequences, microbatches
+from srppo.models.roles import Role
 from srppo.models.scoring import chunks, hidden_states, output_logits, score
 from srppo.progress import Reporter
 from srppo.rollout.hf import HFSampler
@@ -33,8 +34,8 @@ DOMINATES = 0.5
 
 
 def audit(
-    base: PreTrainedModel,
-    sft: PreTrainedModel,
+    base: Role | PreTrainedModel,
+    sft: Role | PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     held_out: list[Example],
     config: PPOConfig,
@@ -75,19 +76,23 @@ def audit(
 
 
 def lambda_curve(
-    base: PreTrainedModel, sft: PreTrainedModel, y: Sequences, config: PPOConfig
+    base: Role | PreTrainedModel, sft: Role | PreTrainedModel, y: Sequences, config: PPOConfig
 ) -> dict[str, Any]:
     """NLL of demonstrations, in nats a response, under base·(sft/base)^lambda per token."""
     recipe = (1.0 if config.kl_ref == "sft" else 0.0) + 1.0 / config.kl_coef
     lams = torch.tensor(sorted({*LAMBDAS, recipe}))
     total = torch.zeros(len(lams))
-    with torch.no_grad():
-        rows = torch.arange(len(y))
-        for batch in microbatches(y, rows, config.max_tokens_per_batch, base.device):
-            base_hidden, sft_hidden = hidden_states(base, batch), hidden_states(sft, batch)
-            for some in chunks(base, batch):
-                base_logits = output_logits(base, base_hidden[some])
-                sft_logits = output_logits(sft, sft_hidden[some])
+    base, sft = Role.of(base), Role.of(sft)
+    rows, budget = torch.arange(len(y)), config.max_tokens_per_batch
+    with torch.no_grad(), base.active(), sft.active():
+        for batch in microbatches(y, rows, budget, base.device):
+            with base.active() as model:
+                base_hidden = hidden_states(model, batch)
+            with sft.active() as model:
+                sft_hidden = hidden_states(model, batch)
+            for some in chunks(base.model, batch):
+                base_logits = output_logits(base.model, base_hidden[some])
+                sft_logits = output_logits(sft.model, sft_hidden[some])
                 ids = batch.response_ids[some]
                 total += extrapolated_nll(base_logits, sft_logits, ids, lams).sum(1).cpu()
     nll_of = dict(zip(lams.tolist(), (total / len(y)).tolist(), strict=True))

@@ -26,6 +26,7 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from srppo.config import SFTConfig
 from srppo.data.demonstrations import Example
+from srppo.models.memory import activation_checkpointing
 from srppo.progress import Advance, Reporter
 from srppo.train.metrics import MetricsLog
 
@@ -43,7 +44,8 @@ def train_sft(
     reporter: Reporter,
     title: str = "SFT",
 ) -> PreTrainedModel:
-    """Minimise -log pi(y|x) over response tokens (EOS included). Trains `model` in place.
+    """Minimise -log pi(y|x) over response tokens (EOS included). Trains `model` in place: what of
+    it requires gradients, all or its adapter.
 
     The loss of an optimizer step is the mean over the response tokens of its batch.
     Source: arXiv:2510.21090, stage 1.
@@ -51,7 +53,8 @@ def train_sft(
     micro = min(config.micro_batch_size, config.batch_size, len(examples))
     accumulation = math.ceil(min(config.batch_size, len(examples)) / micro)
     steps = config.epochs * math.ceil(len(examples) / (micro * accumulation))
-    model.train().requires_grad_(True)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    model.train()
     with (
         TemporaryDirectory() as scratch,
         reporter.bar(title, steps, "steps") as advance,
@@ -97,7 +100,10 @@ def train_sft(
                 optimizer_cls_and_kwargs=_optimizer(config),
                 callbacks=[_Report(log, reporter, advance, title)],
             )
-            trainer.train()
+            for p in trained:
+                p.data = p.data.float()  # the trainer makes adapters on quantised weights bfloat16
+            with activation_checkpointing(model, config.gradient_checkpointing):
+                trainer.train()
     return model.eval()
 
 

@@ -122,38 +122,39 @@ def accumulate(
     The output head is differentiated chunk by chunk and the trunk once with what the chunks sent
     back: the logits of one chunk are all that ever exist.
     """
-    policy, critic, y = roles.policy, roles.critic, experience.rollout.sequences
+    critic, y = roles.critic, experience.rollout.sequences
     mask, old = y.mask[rows], experience.logprobs[rows]
     n_tokens = int(mask.sum())
     value_clip = config.value_clip * float(experience.returns[y.mask].std(correction=0))
     new = torch.zeros_like(experience.logprobs)
     losses, value_losses = [], []
-    for batch in microbatches(y, rows, config.max_tokens_per_batch, policy.device):
-        with torch.set_grad_enabled(policy_too):
-            hidden = hidden_states(policy, batch)
-        if policy_too:
-            logprobs, advantages = (
-                batch.take(experience.logprobs),
-                batch.take(experience.advantages),
-            )
-            parts, grads = [], []
-            for some in chunks(policy, batch):
-                head = hidden[some].detach().requires_grad_()
-                part = token_logprobs(output_logits(policy, head), batch.response_ids[some])
-                loss = clipped_policy_loss(part, logprobs[some], advantages[some], config.clip)
-                loss = loss.sum() / n_tokens
+    with roles.policy.active() as policy:
+        for batch in microbatches(y, rows, config.max_tokens_per_batch, roles.policy.device):
+            with torch.set_grad_enabled(policy_too):
+                hidden = hidden_states(policy, batch)
+            if policy_too:
+                logprobs, advantages = (
+                    batch.take(experience.logprobs),
+                    batch.take(experience.advantages),
+                )
+                parts, grads = [], []
+                for some in chunks(policy, batch):
+                    head = hidden[some].detach().requires_grad_()
+                    part = token_logprobs(output_logits(policy, head), batch.response_ids[some])
+                    loss = clipped_policy_loss(part, logprobs[some], advantages[some], config.clip)
+                    loss = loss.sum() / n_tokens
+                    loss.backward()
+                    losses.append(loss.detach())
+                    parts.append(part.detach())
+                    grads.append(head.grad if head.grad is not None else torch.zeros_like(head))
+                hidden.backward(torch.cat(grads))
+                batch.put(new, torch.cat(parts))
+            if critic:
+                values, returns = batch.take(experience.values), batch.take(experience.returns)
+                loss = clipped_value_loss(critic(hidden), values, returns, value_clip).sum()
+                loss = loss / (n_tokens * critic.scale**2)  # in its own units
                 loss.backward()
-                losses.append(loss.detach())
-                parts.append(part.detach())
-                grads.append(head.grad if head.grad is not None else torch.zeros_like(head))
-            hidden.backward(torch.cat(grads))
-            batch.put(new, torch.cat(parts))
-        if critic:
-            values, returns = batch.take(experience.values), batch.take(experience.returns)
-            loss = clipped_value_loss(critic(hidden), values, returns, value_clip).sum()
-            loss = loss / (n_tokens * critic.scale**2)  # in its own units
-            loss.backward()
-            value_losses.append(loss.detach())
+                value_losses.append(loss.detach())
     metrics = {"value_loss": float(sum(value_losses))} if critic else {}
     if policy_too:
         sampled = experience.rollout.logprobs[rows]

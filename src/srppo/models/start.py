@@ -1,0 +1,53 @@
+"""A recipe's models in their roles: full copies, or adapters on one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from srppo.config import LoRAConfig, ModelConfig
+from srppo.errors import ModelError
+from srppo.models.load import is_adapter, load_model, pick_device
+from srppo.models.lora import Backbone
+from srppo.models.roles import Role
+
+
+def start_sft(config: ModelConfig, seed: int) -> Role:
+    """pi_base as stage 1 trains it: whole and float32, or under a fresh adapter."""
+    if config.lora:
+        return _backbone(config.base, config, config.lora, seed).new()
+    return Role(load_model(config.base, "float32", config.device))
+
+
+def start_frozen(config: ModelConfig, sft: str | Path, seed: int) -> tuple[Role, Role]:
+    """pi_base and pi_sft. With `model.lora` they share one copy of the weights if `sft` is an
+    adapter, and so will the policy; a whole `sft` is what the policy's adapter lies on."""
+    sft = str(sft)
+    if not config.lora:
+        return _frozen(config.base, config), _frozen(sft, config)
+    if is_adapter(sft):
+        backbone = _backbone(config.base, config, config.lora, seed)
+        return backbone.bare(), backbone.load(sft)
+    return _frozen(config.base, config), _backbone(sft, config, config.lora, seed).bare()
+
+
+def _backbone(name: str, config: ModelConfig, lora: LoRAConfig, seed: int) -> Backbone:
+    if is_adapter(name):
+        raise ModelError(
+            f"model.base={name!r} is an adapter: another one over it could not be saved on its "
+            "own. Merge it into its base model, and give that."
+        )
+    model = load_model(name, config.dtype, config.device, quantize=config.quantize)
+    return Backbone(model, lora, seed)
+
+
+def _frozen(name: str, config: ModelConfig) -> Role:
+    """With weights of its own; with `model.offload`, in CPU memory until it is active."""
+    device = pick_device(config.device)
+    model = load_model(
+        name,
+        config.dtype,
+        "cpu" if config.offload else config.device,
+        quantize=config.quantize,
+        base=config.base if name != config.base else None,
+    )
+    return Role(model, device).freeze()

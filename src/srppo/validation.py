@@ -1,0 +1,64 @@
+"""Settings checked once: every problem with key, value, consequence and cure."""
+
+from __future__ import annotations
+
+import difflib
+from typing import Any, get_args
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from srppo.errors import ConfigError
+
+
+class Section(BaseModel):
+    """Frozen, strictly typed, unknown keys rejected."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True
+    )
+
+
+def validate(kind: type[Section], tree: Any, prefix: tuple[str, ...] = ()) -> Any:
+    """`tree` as a `kind`; `prefix` is where it stands in the recipe.
+
+    Raises:
+        ConfigError: every problem found, one per line.
+    """
+    try:
+        return kind.model_validate(tree)
+    except ValidationError as e:
+        lines = [_explain(kind, error, prefix) for error in e.errors()]
+        raise ConfigError("\n".join(lines)) from e
+
+
+def _explain(kind: type[Section], error: Any, prefix: tuple[str, ...]) -> str:
+    """One pydantic error as: key, value, consequence, cure."""
+    key = ".".join(str(part) for part in (*prefix, *error["loc"])) or "recipe"
+    if error["type"] == "extra_forbidden":
+        known = _known_keys(kind, error["loc"][:-1])
+        near = difflib.get_close_matches(str(error["loc"][-1]), known, n=1)
+        hint = f"Did you mean {near[0]!r}?" if near else f"Known here: {', '.join(known)}."
+        return f"{key}: no such setting; it would have no effect. {hint}"
+    if error["type"] == "missing":
+        return f"{key}: missing, and it has no default. Add it to the recipe."
+    if error["type"] == "value_error":
+        text = str(error["ctx"]["error"])
+        return text if key == "recipe" or key in text else f"{key}: {text}"
+    if error["type"] in ("model_type", "dict_type"):
+        return f"{key}={error['input']!r}: a group of settings, not a value. Set {key}.something."
+    said = error["msg"][:1].lower() + error["msg"][1:]
+    return f"{key}={error['input']!r}: {said}. Change it in the recipe."
+
+
+def _known_keys(kind: type[Section], path: tuple[Any, ...]) -> list[str]:
+    """Settings of the section at `path`; a part that is no setting is a name, as of a control."""
+    for part in path:
+        if str(part) in kind.model_fields:
+            annotation = kind.model_fields[str(part)].annotation
+            inner = [a for a in (annotation, *get_args(annotation)) if _is_section(a)]
+            kind = inner[0] if inner else kind
+    return list(kind.model_fields)
+
+
+def _is_section(annotation: Any) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, Section)
