@@ -1,6 +1,6 @@
 """Our engine: all that the benchmark knows of it.
 
-    .venv/bin/python bench/ours.py DIR STEPS VARIANT [SETTING=VALUE ...]
+    .venv/bin/python bench/ours.py DIR STEPS SEED VARIANT [SETTING=VALUE ...]
 
 Settings (JSON) go over the variant's.
 """
@@ -14,16 +14,17 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from workload import EOS, GROUP, StepClock, load, load_case
 
 import srppo
 from srppo.config import PPOConfig
+from srppo.models.batching import Sequences
 from srppo.models.roles import Roles
 from srppo.progress import Reporter
 from srppo.rollout.hf import HFSampler
 from srppo.rollout.sampler import Rollout
 from srppo.train.cost import Shape, step_flops
-from srppo.train.ppo import score_rollout, train_ppo
+from srppo.train.ppo import Scores, score_rollout, train_ppo
+from workload import EOS, GROUP, StepClock, load, load_case
 
 VARIANTS: dict[str, dict[str, object]] = {
     "ppo": {"estimator": "ppo"},
@@ -76,17 +77,17 @@ def begin(directory: Path, config: PPOConfig) -> tuple[Roles, HFSampler]:
     return roles, sampler
 
 
-def measure(directory: Path, steps: int, config: PPOConfig) -> dict[str, object]:
+def measure(directory: Path, seed: int, config: PPOConfig) -> dict[str, object]:
     """Train; seconds of each phase, operations needed, and the error of the log-ratios."""
     _, prompts = load_case(directory)
     prompts = prompts[: len(prompts) // config.responses_per_prompt]
     roles, sampler = begin(directory, config)
     clock = StepClock()
     recorded, log = Recorded(sampler), StepLog(clock)
-    train_ppo(roles, recorded, prompts, config, seed=0, log=log, reporter=Reporter(quiet=True))
+    train_ppo(roles, recorded, prompts, config, seed=seed, log=log, reporter=Reporter(quiet=True))
 
     lengths = [rollout.sequences.lengths.tolist() for rollout in recorded.rollouts]
-    clock.lengths = sum(lengths, [])
+    clock.lengths = [n for some in lengths for n in some]
     report = clock.report()  # before anything below adds to the peak
     shape = Shape.of(roles.policy)
     flops = [
@@ -142,11 +143,44 @@ def plain_logprobs(directory: Path, name: str, rollout: Rollout) -> Tensor:
     return torch.stack(sums)
 
 
+class Replayed:
+    """A sampler that gives one rollout, in the order in which its prompts are asked for."""
+
+    def __init__(self, rollout: Rollout) -> None:
+        self.rollout = rollout
+
+    def sample(self, prompts: list[list[int]], seed: int, temperature: float = 1.0) -> Rollout:
+        places: dict[tuple[int, ...], list[int]] = {}
+        for row, prompt in enumerate(self.rollout.sequences.prompt_ids):
+            places.setdefault(tuple(prompt), []).append(row)
+        rows = torch.tensor([places[tuple(prompt)].pop(0) for prompt in prompts])
+        y = self.rollout.sequences
+        return Rollout(
+            Sequences(prompts, y.response_ids[rows], y.mask[rows]),
+            self.rollout.logprobs[rows],
+            self.rollout.ended[rows],
+        )
+
+
+def replay(
+    directory: Path, policy: dict[str, Tensor], rollout: Rollout, config: PPOConfig
+) -> tuple[dict[str, float], Scores, dict[str, Tensor]]:
+    """One step of the trainer on given responses: its metrics, scores and the policy after it."""
+    roles, _ = begin(directory, config)
+    roles.policy.load_state_dict(policy)
+    scores = score_rollout(roles, rollout, config)
+    log = StepLog(StepClock())
+    prompts = rollout.sequences.prompt_ids[:: config.responses_per_prompt]
+    reporter = Reporter(quiet=True)
+    train_ppo(roles, Replayed(rollout), prompts, config, seed=0, log=log, reporter=reporter)
+    return log.steps[0], scores, roles.policy.state_dict()
+
+
 def main() -> None:
-    directory, steps, variant = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
-    changes = {key: json.loads(value) for key, value in (x.split("=", 1) for x in sys.argv[4:])}
+    directory, steps, seed, variant = Path(sys.argv[1]), *map(int, sys.argv[2:4]), sys.argv[4]
+    changes = {key: json.loads(value) for key, value in (x.split("=", 1) for x in sys.argv[5:])}
     torch.set_num_threads(1)
-    report = measure(directory, steps, settings_of(directory, steps, variant, changes))
+    report = measure(directory, seed, settings_of(directory, steps, variant, changes))
     print(json.dumps(report))
 
 

@@ -17,7 +17,7 @@ import time
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from case import SIZES
+from case import SIZES, Case
 from table import summary, table
 
 HERE = Path(__file__).parent
@@ -30,7 +30,7 @@ ENGINES = {
     "ours-ppo": [sys.executable, "ours.py", "ppo"],
     "ours-rloo": [sys.executable, "ours.py", "rloo"],
 }
-"""Interpreter, script and what follows DIR and STEPS; a new row is a line here."""
+"""Interpreter, script and what follows DIR, STEPS and SEED; a new row is a line here."""
 DEFAULT = ["trl-ppo", "trl-rloo", "trl-grpo", "ours-ppo"]
 
 
@@ -51,11 +51,11 @@ def main() -> None:
         for size in args.sizes:
             for ends in args.ends:
                 directory = Path(scratch) / size / ends
-                build(size, ends, directory)
+                build(replace(SIZES[size], early=ends == "early"), directory)
                 for round_ in range(args.rounds):
                     for engine in args.engines:
                         line = {"size": size, "ends": ends, "engine": engine, "round": round_}
-                        line |= measure(engine, directory, args.steps)
+                        line |= measure(engine, directory, args.steps, seed=round_)
                         lines.append(line)
                         out.write(json.dumps(line) + "\n")
                         out.flush()
@@ -63,18 +63,17 @@ def main() -> None:
     print(f"\nEvery measurement: {args.out}")
 
 
-def build(size: str, ends: str, directory: Path) -> None:
+def build(case: Case, directory: Path) -> None:
     """The case's models and prompts."""
-    directory.mkdir(parents=True)
-    case = replace(SIZES[size], early=ends == "early")
+    directory.mkdir(parents=True, exist_ok=True)
     start([sys.executable, "workload.py", str(directory), json.dumps(asdict(case))])
 
 
-def measure(engine: str, directory: Path, steps: int) -> dict[str, object]:
+def measure(engine: str, directory: Path, steps: int, seed: int) -> dict[str, object]:
     """One process from start to end; its last line says what it measured."""
     interpreter, script, *rest = ENGINES[engine]
     began = time.monotonic()
-    said = start([interpreter, script, str(directory), str(steps), *rest])
+    said = start([interpreter, script, str(directory), str(steps), str(seed), *rest])
     line = json.loads(said.splitlines()[-1])
     cpu = ", ".join(f"{s:.2f}" for s in line["cpu_seconds"])
     took = time.monotonic() - began

@@ -1,6 +1,6 @@
 """TRL 1.16's RLOOTrainer and GRPOTrainer with the coherent reward as `reward_funcs`.
 
-    .venv/bin/python bench/trl_groups.py DIR STEPS rloo|grpo
+.venv/bin/python bench/trl_groups.py DIR STEPS SEED rloo|grpo
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 from trl.trainer.utils import selective_log_softmax
+
 from workload import GROUP, PAD, StepClock, load, load_case
 
 SCORING_ROWS = 16
@@ -111,10 +112,10 @@ def group_trainer(
 
 
 def main() -> None:
-    directory, steps, kind = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+    directory, steps, seed, kind = Path(sys.argv[1]), *map(int, sys.argv[2:4]), sys.argv[4]
     torch.set_num_threads(1)
     clock = StepClock()
-    group_trainer(directory, steps, kind, clock).train()
+    group_trainer(directory, steps, kind, clock, seed=seed).train()
     print("\n" + json.dumps(clock.report() | {"version": f"trl {trl.__version__}"}))
 
 

@@ -1,6 +1,6 @@
 """TRL 1.12's PPOTrainer with the coherent reward. Runs in `.bench/`, through run.py.
 
-    .bench/bin/python bench/trl_ppo.py DIR STEPS [MICROBATCH]
+    .bench/bin/python bench/trl_ppo.py DIR STEPS SEED [MICROBATCH]
 
 The reward goes where that trainer takes one: a "reward model", asked for one number per position
 and read at the last one. It is never told where the response starts, so all prompts have to have
@@ -26,6 +26,7 @@ from transformers import (
 from transformers.modeling_outputs import BaseModelOutput
 from trl.experimental.ppo import PPOConfig, PPOTrainer
 from trl.trainer.utils import selective_log_softmax
+
 from workload import StepClock, load, load_case
 
 SCORING_ROWS = 16
@@ -148,13 +149,14 @@ def zero_value_model(directory: Path) -> PreTrainedModel:
 
 
 def main() -> None:
-    directory, steps = Path(sys.argv[1]), int(sys.argv[2])
+    directory, steps, seed = Path(sys.argv[1]), *map(int, sys.argv[2:4])
     torch.set_num_threads(1)
-    settings = {}
-    if len(sys.argv) > 3:
-        rows = int(sys.argv[3])
+    settings = {"seed": seed}
+    if len(sys.argv) > 4:
+        rows = int(sys.argv[4])
         accumulate = load_case(directory)[0].prompts // rows
-        settings = {"per_device_train_batch_size": rows, "gradient_accumulation_steps": accumulate}
+        settings["per_device_train_batch_size"] = rows
+        settings["gradient_accumulation_steps"] = accumulate
     clock = StepClock()
     trainer = ppo_trainer(directory, steps, [Ticks(clock)], **settings)
     trainer.train()

@@ -17,7 +17,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
-from case import Case
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from transformers import (
@@ -28,13 +27,15 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from case import Case
+
 EOS, PAD = 0, 1
 GROUP = 4
 """Responses to one prompt, where an engine compares them."""
 HAZARD = 1 / 64
 """Of the end, per response token."""
 LOGIT_STD = 2.0
-"""Nats. A trained model's logits differ more than a fresh one's, and so do their rounding errors."""
+"""Nats: logits of a trained model differ more than a fresh one's, and so does their rounding."""
 SFT_CHANGE = 0.1
 """How far SFT moves each weight, in standard deviations of the weights."""
 
