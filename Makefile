@@ -4,7 +4,7 @@ BIN := .venv/bin
 SEEDS ?= 0 1 2 3 4
 export GOMP_SPINCOUNT ?= 10000
 
-.PHONY: install demo table test slow lint check bench clean
+.PHONY: install demo table test slow lint check bench bench-all bench-quick bench-scaling clean
 
 install: .venv/installed
 
@@ -47,9 +47,32 @@ lint: install
 
 check: lint test slow
 
-# Seconds and memory of one PPO step, as one JSON line.
-bench: install
-	$(BIN)/python bench/step.py
+# Our engine beside its peers, interleaved: about ten minutes on an idle machine.
+bench: install .bench/installed
+	$(BIN)/python bench/same_work.py
+	$(BIN)/python bench/run.py
+
+# Every size, with and without early ends: hours.
+bench-all: install .bench/installed
+	$(BIN)/python bench/same_work.py
+	$(BIN)/python bench/run.py --sizes 9m 28m 9m-32k 28m-32k --ends early full \
+	  --out runs/bench/all.jsonl
+
+# That it runs, without TRL 1.12: under a minute.
+bench-quick: install
+	$(BIN)/python bench/run.py --sizes tiny --engines trl-rloo ours-ppo ours-rloo --rounds 1 \
+	  --out runs/bench/quick.jsonl
+
+# Time and memory against docs/cost.md.
+bench-scaling: install
+	$(BIN)/python bench/scaling.py
+
+# TRL 1.12 has the last PPOTrainer and needs an environment of its own.
+.bench/installed: bench/trl-1.12.txt
+	$(PYTHON) -m venv .bench
+	.bench/bin/pip install --quiet --disable-pip-version-check -c $< torch
+	.bench/bin/pip install --quiet --disable-pip-version-check -c $< trl
+	touch $@
 
 clean:
-	rm -rf .venv runs .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf .venv .bench runs .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

@@ -12,7 +12,6 @@ from srppo.models.batching import (
     input_lengths,
     make_batch,
     microbatches,
-    padding_share,
 )
 from tiny import row, sequences
 
@@ -65,12 +64,12 @@ def test_a_group_is_small_or_holds_little_padding(lengths, budget):
 
 def test_equal_lengths_are_cut_by_the_budget_alone():
     assert [len(group) for group in cut([100] * 64, 2048)] == [20, 20, 20, 4]
-    assert padding_share([100] * 64, 2048) == 0.0
 
 
 def test_the_padding_of_a_spread_of_lengths_stays_under_five_percent():
     lengths = [64 + k for k in range(128)]
-    assert 0.01 < padding_share(lengths, 16384) < 0.05
+    padded = sum(len(group) * lengths[group[0]] for group in cut(lengths, 16384))
+    assert 0.01 < 1 - sum(lengths) / padded < 0.05
 
 
 def test_a_batch_holds_its_rows_and_knows_what_predicts_each_response_token():

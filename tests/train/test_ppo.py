@@ -276,6 +276,7 @@ KEYS = {
     "entropy",
     "length_reward_corr",
     "sampler_logprob_diff",
+    "padding",
     "policy_loss",
     "clip_fraction",
     "update_kl",
@@ -284,7 +285,9 @@ KEYS = {
     "time/rollout",
     "time/scoring",
     "time/update",
+    "time/other",
     "time/tokens_per_second",
+    "time/attainable_share",
 }
 VALUE_KEYS = {"value_explained_variance", "value_loss", "value_grad_norm"}
 

@@ -137,9 +137,3 @@ def cut(lengths: list[int], max_tokens: int) -> list[list[int]]:
         groups[-1].append(place)
         used += n
     return groups
-
-
-def padding_share(lengths: list[int], max_tokens: int) -> float:
-    """Share of a model's inputs that is padding when rows of these lengths are cut into batches."""
-    padded = sum(len(group) * lengths[group[0]] for group in cut(lengths, max_tokens))
-    return 1.0 - sum(lengths) / padded

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -24,6 +23,7 @@ from srppo.models.value_head import ValueHead
 from srppo.progress import Reporter
 from srppo.rollout.sampler import Rollout, Sampler
 from srppo.train.metrics import MetricsLog
+from srppo.train.pace import Pace, Stopwatch
 from srppo.train.update import Experience, Metrics, Optimizers, generator, update
 
 Evaluate = Callable[[], Metrics]
@@ -75,22 +75,22 @@ def train_ppo(
     steps = config.steps or math.ceil(len(prompts) / per_step)
     total = steps + (config.value_warmup_steps if roles.critic else 0)
     optimizers = Optimizers(roles, config)
+    pace, watch = Pace(roles, config), Stopwatch()
     with reporter.bar(title, total, "steps") as advance:
         for step in range(1, total + 1):
             warming_up = step <= total - steps
             optimizers.set_progress((step - 1 - (total - steps)) / steps)
-            started = time.monotonic()
             batch = prompt_batch(prompts, per_step, step, seed)
             batch = [x for x in batch for _ in range(config.responses_per_prompt)]
 
-            rollout = sampler.sample(batch, _seed(seed, "rollout", step))
-            sampled = time.monotonic()
-            scores = score_rollout(roles, rollout, config)
-            rewards = rewards_of(rollout, scores, config)
-            values = values_under(roles.critic, rollout, scores, rewards, config)
-            advantages, returns = advantages_of(rewards, values, rollout, config)
-            metrics = describe(rollout, scores, values, returns, config)
-            scored = time.monotonic()
+            with watch("rollout"):
+                rollout = sampler.sample(batch, _seed(seed, "rollout", step))
+            with watch("scoring"):
+                scores = score_rollout(roles, rollout, config)
+                rewards = rewards_of(rollout, scores, config)
+                values = values_under(roles.critic, rollout, scores, rewards, config)
+                advantages, returns = advantages_of(rewards, values, rollout, config)
+                metrics = describe(rollout, scores, values, returns, config)
 
             if not metrics["kl_ref"] <= config.max_kl:  # NaN stops it, too
                 log.log(step, metrics)
@@ -106,21 +106,15 @@ def train_ppo(
                 return f"{over}: stopped. The policy is kept as that step found it."
             experience = Experience(rollout, scores.policy, values, advantages, returns)
             shuffle = generator(_seed(seed, "minibatches", step))
-            with computing(config.compute, roles.policy.device):
+            with watch("update"), computing(config.compute, roles.policy.device):
                 metrics |= update(
                     roles, experience, optimizers, config, shuffle, move_policy=not warming_up
                 )
 
-            updated = time.monotonic()
             if evaluate and (step == total or (evaluate_every and step % evaluate_every == 0)):
-                metrics |= evaluate()
-            tokens = float(rollout.sequences.mask.sum())
-            metrics |= {
-                "time/rollout": sampled - started,
-                "time/scoring": scored - sampled,
-                "time/update": updated - scored,
-                "time/tokens_per_second": tokens / (updated - started),
-            }
+                with watch("evaluation"):
+                    metrics |= evaluate()
+            metrics |= pace.of(rollout, watch.lap())
             log.log(step, metrics)
             reporter.line(headline(title, step, total, metrics))
             advance(1)

@@ -15,7 +15,7 @@ from srppo.algo.logprobs import token_logprobs
 from srppo.algo.loss import clip_fraction, clipped_policy_loss, clipped_value_loss
 from srppo.algo.masking import masked_mean
 from srppo.config import PPOConfig
-from srppo.models.batching import microbatches
+from srppo.models.batching import input_lengths, microbatches
 from srppo.models.roles import Roles
 from srppo.models.scoring import chunks, hidden_states, output_logits
 from srppo.rollout.sampler import Rollout
@@ -128,8 +128,10 @@ def accumulate(
     value_clip = config.value_clip * float(experience.returns[y.mask].std(correction=0))
     new = torch.zeros_like(experience.logprobs)
     losses, value_losses = [], []
+    padded = 0
     with roles.policy.active() as policy:
         for batch in microbatches(y, rows, config.max_tokens_per_batch, roles.policy.device):
+            padded += batch.input_ids.numel()
             with torch.set_grad_enabled(policy_too):
                 hidden = hidden_states(policy, batch)
             if policy_too:
@@ -159,6 +161,7 @@ def accumulate(
     if policy_too:
         sampled = experience.rollout.logprobs[rows]
         metrics |= {
+            "padding": 1 - sum(input_lengths(y, rows)) / padded,
             "sampler_logprob_diff": float(masked_mean((new[rows] - sampled).abs(), mask)),
             "policy_loss": float(sum(losses)),
             "clip_fraction": float(clip_fraction(new[rows], old, mask, config.clip)),
