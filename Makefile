@@ -47,7 +47,7 @@ lint: install
 
 check: lint test slow
 
-# Our engine beside its peers, interleaved: about ten minutes on an idle machine.
+# Our engine beside its peers, interleaved: about twelve minutes on an idle machine.
 bench: install .bench/installed
 	$(BIN)/python bench/same_work.py
 	$(BIN)/python bench/run.py

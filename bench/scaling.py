@@ -96,13 +96,7 @@ def memory_terms(case: Case) -> list[float]:
     """What the peak is a sum of, each times a constant: MB, and 1 for the process itself."""
     tokens = min(MICROBATCH, case.prompts * (case.prompt_tokens + case.response_tokens))
     predicted = tokens * case.response_tokens // (case.prompt_tokens + case.response_tokens)
-    cached = case.prompts * (case.prompt_tokens + case.response_tokens)
-    floats = [
-        parameters(case),
-        tokens * case.layers * case.width,
-        predicted * case.vocab,
-        cached * case.layers * case.width,
-    ]
+    floats = [parameters(case), tokens * case.layers * case.width, predicted * case.vocab]
     return [1.0, *(4 * n / 2**20 for n in floats)]
 
 
@@ -202,11 +196,13 @@ def plot(points: list[Point], seconds: NDArray, mb: NDArray, path: Path) -> None
             x = [getattr(points[i].case, axis) for i in only]
             plane.plot(x, [value(points[i]) for i in only], "o", label="measured")
             plane.plot(x, formula[only], "-", label="formula, from the other points")
-            plane.set(xscale="log", yscale="log", xlabel=title)
-            plane.set_xticks(x, x, minor=False)
-            plane.minorticks_off()
+            plane.set_xscale("log", base=2)
+            plane.set_yscale("log", base=2)
+            plane.set_xticks(x, x)
+            plane.yaxis.set_major_formatter("{x:g}")
+            plane.set_xlabel(title)
         row[0].set_ylabel(label)
-    rows[0][0].legend()
+    figure.legend(*rows[0][0].get_legend_handles_labels(), loc="outside upper center", ncols=2)
     figure.savefig(path)
 
 
