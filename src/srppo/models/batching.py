@@ -18,7 +18,7 @@ from torch import Tensor
 
 MAX_PADDING = 0.04
 """A batch is closed before padding exceeds this share of it..."""
-MIN_TOKENS = 256
+MIN_TOKENS = 128
 """...unless it holds fewer tokens than this: the call itself would then cost more than padding."""
 
 
