@@ -137,9 +137,11 @@ class SFTConfig(Section):
 class PPOConfig(Section):
     """Stage 2: maximise E[r(x,y) - kl_coef KL(pi_theta || pi_ref)] on prompts alone."""
 
-    estimator: Literal["ppo", "rloo"] = "ppo"
+    estimator: Literal["ppo", "rloo", "all_action"] = "ppo"
     """`ppo`: critic and GAE. `rloo`: leave-one-out over responses of one prompt, no critic; the
-    whole response then has one advantage, whatever credit, gamma and gae_lambda say."""
+    whole response then has one advantage, whatever credit, gamma and gae_lambda say. `all_action`:
+    the reward of every token of the vocabulary instead of the sampled one's, no critic; credit,
+    gae_lambda and whiten_advantages have no meaning there."""
     steps: Positive | None = None
     """Updates of the policy; null: one pass over the prompts."""
     rollouts_per_step: Positive = 1024
@@ -204,6 +206,11 @@ class PPOConfig(Section):
             raise ValueError(
                 f"responses_per_prompt={self.responses_per_prompt} with estimator=rloo: leaving "
                 "one of one out leaves no baseline. Set ppo.responses_per_prompt=4."
+            )
+        if self.estimator == "all_action" and self.reward == "mean":
+            raise ValueError(
+                "reward=mean with estimator=all_action: the length that it divides by is not known "
+                "before the response ends, so no single token has a reward. Set ppo.reward=sum."
             )
         left_over = self.rollouts_per_step % self.responses_per_prompt
         if left_over:
@@ -306,6 +313,12 @@ class Recipe(Section):
             raise ValueError(
                 "neither data.prompts nor data.demonstrations is set: stage 2 has no prompts. "
                 "Set data.prompts."
+            )
+        if self.model.offload and self.ppo.estimator == "all_action":
+            raise ValueError(
+                "model.offload with ppo.estimator=all_action: the update needs the output heads of "
+                "the frozen models at every chunk, so they would move all the time. Set "
+                "ppo.estimator=ppo, or model.offload=false."
             )
         for name, control in self.controls.items():
             if name in ("base", "sft", "policy"):
