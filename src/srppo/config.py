@@ -9,27 +9,22 @@ from __future__ import annotations
 import difflib
 import math
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
+from srppo.config_data import DataConfig
 from srppo.errors import ConfigError
-
-Seed = Annotated[int, Field(ge=0, lt=2**32)]
-Positive = Annotated[int, Field(gt=0)]
-NonNegative = Annotated[int, Field(ge=0)]
-PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
-Schedule = Literal["constant", "linear", "cosine"]
-
-
-class Section(BaseModel):
-    """Frozen, strictly typed, unknown keys rejected."""
-
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True
-    )
+from srppo.section import (
+    Fraction,
+    NonNegative,
+    NonNegativeFloat,
+    Positive,
+    PositiveFloat,
+    Schedule,
+    Section,
+    Seed,
+)
 
 
 class ModelConfig(Section):
@@ -43,33 +38,6 @@ class ModelConfig(Section):
     """Number format of frozen models; what is trained, and log-probabilities, are float32."""
     device: str = "auto"
     """`auto` (CUDA if there is one), `cpu`, `cuda`, `cuda:1`."""
-
-
-class DataConfig(Section):
-    """Where demonstrations and prompts come from.
-
-    A source is a local .jsonl, .json, .csv or .parquet file, a Hugging Face data set name, or
-    `python:package.module:function`, a generator called with `seed` and `split`.
-    """
-
-    demonstrations: str | None = None
-    """Prompt-response pairs for stage 1."""
-    demonstrations_limit: Positive | None = None
-    """Train on this many of them, drawn by seed; null: all."""
-    held_out: NonNegative = 128
-    """Demonstrations kept out of training for the audit and the held-out NLL."""
-    prompts: str | None = None
-    """Prompts for stage 2; null: those of the demonstrations that stage 1 trains on."""
-    prompts_limit: Positive | None = None
-    """Use this many of them; null: all."""
-    prompts_skip: NonNegative = 0
-    """Skip this many rows first: with the demonstrations' source, makes the two sets disjoint."""
-    split: str = "train"
-    """Split of the sources above."""
-    max_prompt_tokens: Positive = 1024
-    """Longer prompts are dropped, and counted."""
-    max_response_tokens: Positive = 1024
-    """Longer demonstrations are truncated; rollouts and evaluation stop here."""
 
 
 class SFTConfig(Section):
@@ -354,6 +322,12 @@ def parse_recipe(tree: dict[Any, Any]) -> Recipe:
     return recipe
 
 
+def parse_data(tree: dict[str, Any]) -> DataConfig:
+    """Check the settings of the section `data` alone; ConfigError as above."""
+    settings: DataConfig = _validate(DataConfig, tree, prefix=("data",))
+    return settings
+
+
 def _validate(kind: type[Section], tree: Any, prefix: tuple[str, ...] = ()) -> Any:
     try:
         return kind.model_validate(tree)
@@ -383,6 +357,14 @@ def _explain(kind: type[Section], error: Any, prefix: tuple[str, ...]) -> str:
 
 def _known_keys(kind: type[Section], path: tuple[Any, ...]) -> list[str]:
     for part in path:
-        inner = kind.model_fields[str(part)].annotation if str(part) in kind.model_fields else None
-        kind = inner if isinstance(inner, type) and issubclass(inner, Section) else ControlConfig
+        if isinstance(part, str):
+            field = kind.model_fields.get(part)
+            kind = _section_in(field.annotation if field else None) or ControlConfig
     return list(kind.model_fields)
+
+
+def _section_in(annotation: Any) -> type[Section] | None:
+    """The section in `Section`, `list[Section]` or `list[Section] | None`."""
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return annotation
+    return next(filter(None, map(_section_in, get_args(annotation))), None)

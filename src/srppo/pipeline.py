@@ -17,7 +17,8 @@ from transformers import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from srppo.config import PPOConfig, Recipe, SFTConfig
-from srppo.data.chat import apply_template
+from srppo.data.chat import apply_template, closing
+from srppo.data.describe import describe_all, describe_overlap
 from srppo.data.load import fingerprint, read_data
 from srppo.data.prompts import Prompt
 from srppo.errors import ConfigError, RunDirError
@@ -56,6 +57,7 @@ class Run:
         self.dir = RunDir.open(recipe, {"name": recipe.name, **provenance(recipe, source)})
         self._check_same_data()
         self.dir.write_json("data.json", self.data.reports)
+        self.dir.write_text("data.txt", describe_all(self.data.reports))
         self._say_data()
 
     # --- the stages -----------------------------------------------------------------------------
@@ -319,11 +321,17 @@ class Run:
         now_read = fingerprint(self.data)
         if self.dir.record.setdefault("data_sha256", now_read) != now_read:
             raise RunDirError(
-                f"the data of {self.recipe.data.demonstrations or self.recipe.data.prompts!r} is "
-                f"not what {self.dir.path} began with: demonstrations that were held out may have "
-                "been trained on. Restore the data, or set output_dir to a new directory."
+                f"the data of {self._sources()} is not what {self.dir.path} began with: "
+                "demonstrations that were held out may have been trained on. Restore the data, or "
+                "set output_dir to a new directory."
             )
         self.dir.save_record()
+
+    def _sources(self) -> str:
+        names = [
+            self.data.reports.get(role, {}).get("source") for role in ("demonstrations", "prompts")
+        ]
+        return " and ".join(filter(None, names))
 
     def _require_sft(self, stage: str) -> None:
         if not self.recipe.model.sft and not self.dir.is_done("sft"):
@@ -358,12 +366,13 @@ class Run:
                 + (f"; dropped: {dropped}" if dropped else "")
                 + (f"; {report['truncated']} truncated" if report["truncated"] else "")
             )
-        overlap = self.data.reports["overlap"]
         self.reporter.line(
             f"stage 1 trains on {len(self.data.train)} demonstrations, {len(self.data.held_out)} "
-            f"are held out; stage 2 has {overlap['of']} prompts, {overlap['exact']} of them seen "
-            f"in stage 1 and {overlap['evaluated']} among the evaluation prompts"
+            f"are held out; stage 2 has {len(self.data.prompts)} prompts"
         )
+        self.reporter.line(describe_overlap(self.data.reports["overlap"]).strip())
+        if note := closing(self.tokenizer):
+            self.reporter.line(f"note: {note}")
 
     def _say_audit(self, findings: dict[str, Any]) -> None:
         curve, reward = findings["curve"], findings["reward"]

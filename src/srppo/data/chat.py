@@ -44,6 +44,10 @@ class Example:
     """Ends with EOS, its only one; a truncated response has none, for the model did not end."""
     meta: dict[str, str | int | float | bool] = field(default_factory=dict)
     """The row's other scalar columns: group, answer, ..."""
+    final: bool = True
+    """The last demonstration of its conversation; those before it come first in the list."""
+    user: str = ""
+    """What users say in the prompt: what overlap is measured on."""
 
 
 def apply_template(tokenizer: "PreTrainedTokenizerBase") -> None:
@@ -56,6 +60,32 @@ def apply_template(tokenizer: "PreTrainedTokenizerBase") -> None:
     bos = tokenizer.bos_token_id
     adds_bos = bos is not None and tokenizer("a")["input_ids"][:1] == [bos]
     tokenizer.chat_template = ("{{ bos_token }}" if adds_bos else "") + DEFAULT_TEMPLATE
+
+
+def is_default_template(tokenizer: "PreTrainedTokenizerBase") -> bool:
+    """Whether the tokenizer's template is the one that `apply_template` gives."""
+    return str(tokenizer.chat_template).endswith(DEFAULT_TEMPLATE)
+
+
+def closing(tokenizer: "PreTrainedTokenizerBase") -> str:
+    """A note where the template closes assistant turns otherwise than a response ends; or "".
+
+    Such a model reads one end in earlier turns and learns another: mostly a base model with the
+    template of its chat sibling.
+    """
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "answer"}]
+    try:
+        text = str(tokenizer.apply_chat_template(turns, tokenize=False))
+    except jinja2.TemplateError:
+        return ""  # each row is refused with its reason
+    end = text.rpartition("answer")[2]
+    if end.strip().startswith(str(tokenizer.eos_token)):
+        return ""
+    return (
+        f"the chat template closes an assistant turn with {end!r}, and responses end with the "
+        f"tokenizer's EOS {tokenizer.eos_token!r}. If the model should end its turns as the "
+        "template does, set tokenizer.eos_token to that token."
+    )
 
 
 def prompt_text(tokenizer: "PreTrainedTokenizerBase", messages: list[Message]) -> str:
