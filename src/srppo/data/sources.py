@@ -96,7 +96,7 @@ def _files(where: str, split: str, seed: int) -> list[tuple[str, Rows]]:
 def _folder(path: Path, split: str) -> list[tuple[str, Rows]]:
     """What `save_to_disk` wrote, or data files, whose names say their split as on the hub."""
     import datasets  # late: seconds to import, and single text files do without
-    from datasets.data_files import EmptyDatasetError, get_data_patterns, resolve_pattern
+    from datasets.data_files import DataFilesList, EmptyDatasetError, get_data_patterns
 
     saved = (path / "dataset_dict.json").is_file(), (path / "state.json").is_file()
     if any(saved):
@@ -114,7 +114,7 @@ def _folder(path: Path, split: str) -> list[tuple[str, Rows]]:
         ) from error
     splits = {str(name): found for name, found in patterns.items()}
     _require_split(path, split, splits)
-    names = {n for p in splits[split] for n in resolve_pattern(p, str(path.resolve()))}
+    names = DataFilesList.from_patterns(splits[split], base_path=str(path.resolve()))
     readable = sorted(n for n in names if Path(n).suffix.lower() in READERS)
     if not readable:
         raise DataError(
