@@ -145,7 +145,7 @@ def test_an_override_can_hold_an_equals_sign_a_colon_and_a_list(minimal):
     made = load_recipe(
         minimal, ["name=a=b", "data.prompts=openai/gsm8k:main", "eval.temperatures=[0, 0.5]"]
     )
-    assert (made.name, made.data.prompts) == ("a=b", "openai/gsm8k:main")
+    assert (made.name, made.data.prompts[0].source) == ("a=b", "openai/gsm8k:main")
     assert made.eval.temperatures == [0.0, 0.5]
 
 

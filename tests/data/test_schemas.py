@@ -155,7 +155,7 @@ def test_presets_name_schemas_and_column_maps_name_columns_that_there_are():
 def test_a_schema_that_is_given_wins_over_the_first_that_fits():
     row = {"instruction": "q", "output": "o", "response": "r"}
     assert to_messages(row) == ([U], "o")
-    assert to_messages(row, Reading("instruction/response")) == ([U], "r")
+    assert to_messages(row, Reading("instruction + response")) == ([U], "r")
     with pytest.raises(RowError, match=r"^no column 'messages'$"):
         Reading("messages")(row)
 

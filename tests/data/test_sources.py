@@ -252,7 +252,7 @@ def test_a_preset_is_read_by_its_own_columns_and_a_map_of_the_source_wins(tmp_pa
         found = open_source([config(**settings)], seed=0, columns=common)
         return found.parts[0].reading
 
-    assert reading(source=f"gsm8k={path}") == Reading("question/answer")
+    assert reading(source=f"gsm8k={path}") == Reading("question + answer")
     own = {"prompt": "p"}
     assert reading(source=f"gsm8k={path}", columns=own) == Reading(None, own)
     assert reading(source=path) == Reading(None, common)

@@ -17,7 +17,7 @@ class Preset:
 
 PRESETS = {
     "tulu-v2-mix": Preset("allenai/tulu-v2-sft-mixture", "messages"),
-    "ultrafeedback": Preset("openbmb/UltraFeedback", "instruction/completions"),
+    "ultrafeedback": Preset("openbmb/UltraFeedback", "instruction + completions"),
     "ultrafeedback-binarized": Preset(
         "HuggingFaceH4/ultrafeedback_binarized",
         "messages",
@@ -26,8 +26,8 @@ PRESETS = {
     "ultrachat-200k": Preset(
         "HuggingFaceH4/ultrachat_200k", "messages", {"train": "train_sft", "test": "test_sft"}
     ),
-    "alpaca": Preset("tatsu-lab/alpaca", "instruction/output"),
-    "dolly": Preset("databricks/databricks-dolly-15k", "instruction/response"),
-    "gsm8k": Preset("openai/gsm8k:main", "question/answer"),
+    "alpaca": Preset("tatsu-lab/alpaca", "instruction + output"),
+    "dolly": Preset("databricks/databricks-dolly-15k", "instruction + response"),
+    "gsm8k": Preset("openai/gsm8k:main", "question + answer"),
     "hh-rlhf": Preset("Anthropic/hh-rlhf", "chosen"),
 }

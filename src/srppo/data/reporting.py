@@ -81,6 +81,7 @@ class Report:
     def finish(self, prompts: "array[int]", responses: "array[int] | tuple[()]" = ()) -> None:
         """Fill in what is known at the end, from the lengths of the examples in tokens."""
         self.examples = len(prompts)
+        self.dropped_rows = {r: sorted_places(places) for r, places in self.dropped_rows.items()}
         self.not_needed = self.rows - self.used - self.skipped - sum(self.dropped.values())
         self.prompt_tokens = _lengths(prompts)
         self.response_tokens = _lengths(responses)
@@ -92,9 +93,7 @@ class Report:
 
     def to_json(self) -> dict[str, Any]:
         """All fields by name, ready for `json.dump`; of the dropped rows the first hundred."""
-        rows = {
-            reason: sorted_places(w)[:PLACES_PER_REASON] for reason, w in self.dropped_rows.items()
-        }
+        rows = {r: places[:PLACES_PER_REASON] for r, places in self.dropped_rows.items()}
         return asdict(self) | {"dropped_rows": rows}
 
     def _nothing_left(self, kind: str, source: Source) -> str:

@@ -159,7 +159,7 @@ def _chosen(row: Row, schema: str) -> Conversation:
 
 
 def _pair(row: Row, schema: str) -> Conversation:
-    prompt, _, response = schema.partition("/")
+    prompt, _, response = schema.partition(" + ")
     turns, columns = _prompt(row, prompt)
     if not response:
         return Conversation(turns, schema, columns)
@@ -244,12 +244,12 @@ def _human_assistant(chosen: Any) -> list[Message]:
 SCHEMAS: dict[str, tuple[tuple[str, ...], Callable[[Row, str], Conversation]]] = {
     "messages": (("messages",), _list_of_turns),
     "conversations": (("conversations",), _list_of_turns),
-    "instruction/completions": (("instruction", "completions"), _ultrafeedback),
+    "instruction + completions": (("instruction", "completions"), _ultrafeedback),
     **{
-        pair: (tuple(pair.split("/")), _pair)
+        pair: (tuple(pair.split(" + ")), _pair)
         for pair in (
-            *("prompt/response", "prompt/completion", "instruction/output"),
-            *("instruction/response", "question/answer"),
+            *("prompt + response", "prompt + completion", "instruction + output"),
+            *("instruction + response", "question + answer"),
         )
     },
     "chosen": (("chosen",), _chosen),
