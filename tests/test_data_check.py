@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from runs import python, srppo_command, write_recipe
+from srppo.report import build
 
 ROWS = [{"prompt": f"copy : {c}", "response": c} for c in "abcdef"]
 
@@ -94,6 +95,13 @@ def test_a_recipe_is_checked_whole(tmp_path: Path):
         assert f"== {role}\n" in done.out
     assert "prompts of stage 2 (other): of 16," in done.out
     assert not (tmp_path / "run").exists()
+
+
+def test_the_page_of_a_run_holds_the_same(tmp_path: Path):
+    (tmp_path / "run.json").write_text("{}")
+    (tmp_path / "data.txt").write_text("3 of 4 rows used <b>\n  ⟦Hello│<eos>⟧\n")
+    page = build(tmp_path).read_text()
+    assert "3 of 4 rows used &lt;b&gt;\n  ⟦Hello│&lt;eos&gt;⟧" in page
 
 
 @pytest.mark.parametrize(

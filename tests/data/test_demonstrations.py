@@ -1,5 +1,6 @@
 import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -239,3 +240,25 @@ def test_template_is_given_and_refusals_are_counted(
     strict.chat_template = strict_template
     _, report = demonstrations(source, strict, **LIMITS, max_response_tokens=50)
     assert report.dropped == {"refused by the chat template (roles must alternate)": 1}
+
+
+@pytest.mark.parametrize(
+    "template",
+    ["{% for m in messages %}", "{{ messages[0].content + 1 }}", "{{ raise_exception('no') }}"],
+)
+def test_a_template_that_fails_on_every_row_is_named_with_its_cure(
+    make_tokenizer: Callable[[str], PreTrainedTokenizerFast], write: Write, template: str
+):
+    tokenizer = make_tokenizer("byte_level")
+    tokenizer.chat_template = template
+    with pytest.raises(DataError, match=r"30 x refused by the chat template \(.*Give the tokeni"):
+        demonstrations(write(ROWS), tokenizer, **LIMITS, max_response_tokens=50)
+
+
+def test_a_file_in_another_encoding_is_named_with_its_cure(
+    plain_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(ROWS[0], ensure_ascii=False) + "\n", encoding="utf-16")
+    with pytest.raises(DataError, match=r"not UTF-8 \(rows 1.*Save the file as UTF-8"):
+        demonstrations(str(path), plain_tokenizer, **LIMITS, max_response_tokens=50)

@@ -2,6 +2,7 @@
 
 import json
 import random
+import resource
 import sys
 from collections import Counter
 from collections.abc import Callable
@@ -137,6 +138,17 @@ def test_missing_file(tmp_path: Path, name: str):
         read(str(tmp_path / name))
 
 
+@pytest.mark.parametrize("name", ["a.jsonl", "a.csv"])
+@pytest.mark.parametrize("change", ["cut", "gone"])
+def test_a_file_that_changes_while_it_is_read(tmp_path: Path, name: str, change: str):
+    path = tmp_path / name
+    path.write_text(LINES if name == "a.jsonl" else 'prompt,response\na,"1\n2"\n')
+    source = open_source(str(path), seed=0)
+    path.write_text("") if change == "cut" else path.unlink()
+    with pytest.raises(DataError, match=r"was changed while it was read.*Run again"):
+        list(source.shuffled(0))
+
+
 # --- globs and folders ----------------------------------------------------------------------------
 
 
@@ -180,6 +192,29 @@ def test_a_folder_without_splits_is_all_train(tmp_path: Path):
     (tmp_path / "one.jsonl").write_text(LINES)
     (tmp_path / "two.csv").write_text("prompt,response\nq,r\n")
     assert read(str(tmp_path)) == [*ROWS, {"prompt": "q", "response": "r"}]
+
+
+def test_more_files_than_may_be_open(tmp_path: Path):
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    for i in range(120):
+        (tmp_path / f"{i:03}.jsonl").write_text(json.dumps({"prompt": str(i)}))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (100, most))
+    try:
+        found = read(str(tmp_path / "*.jsonl"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    assert found == [{"prompt": str(i)} for i in range(120)]
+
+
+def test_a_card_that_names_the_files_is_obeyed_and_any_other_readme_is_not_read(tmp_path: Path):
+    (tmp_path / "one.jsonl").write_text(LINES)
+    (tmp_path / "two.jsonl").write_text(json.dumps(ROWS[0]))
+    card = tmp_path / "README.md"
+    card.write_text("# Mine\nconfigs: none\n")
+    assert read(str(tmp_path)) == [*ROWS, ROWS[0]]
+    card.write_text("---\nconfigs:\n- config_name: default\n  data_files: two.jsonl\n---\n# Mine\n")
+    assert read(str(tmp_path)) == ROWS[:1]
 
 
 def test_a_folder_of_save_to_disk(tmp_path: Path):

@@ -35,6 +35,8 @@ DEFAULT_TEMPLATE = (
 )
 """TULU's format: a marker line with the role, then the content; EOS closes each assistant turn."""
 
+_TEMPLATE_ERRORS = (jinja2.TemplateError, TypeError, ValueError)
+
 
 @dataclass(frozen=True)
 class Example:
@@ -77,7 +79,7 @@ def closing(tokenizer: "PreTrainedTokenizerBase") -> str:
     turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "answer"}]
     try:
         text = str(tokenizer.apply_chat_template(turns, tokenize=False))
-    except jinja2.TemplateError:
+    except _TEMPLATE_ERRORS:
         return ""  # each row is refused with its reason
     end = text.rpartition("answer")[2]
     if end.strip().startswith(str(tokenizer.eos_token)):
@@ -105,7 +107,7 @@ def prompt_text(tokenizer: "PreTrainedTokenizerBase", messages: list[Message]) -
         return str(
             tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         )
-    except jinja2.TemplateError as error:
+    except _TEMPLATE_ERRORS as error:
         raise RowError(f"refused by the chat template ({error})") from error
 
 

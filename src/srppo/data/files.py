@@ -11,11 +11,12 @@
 import csv
 import io
 import json
+import os
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from srppo.data.store import Spans
 from srppo.errors import DataError
@@ -79,35 +80,53 @@ def read_file(path: Path) -> Rows:
 
 def _read_jsonl(path: Path) -> Rows:
     """One row per line; blank lines are no rows."""
-    file = path.open("rb")
-    spans: Spans[Row] = Spans(file, _parse_line)
+    spans = _spans(path, _parse_line)
     numbers = array("Q")
     unreadable: list[Unreadable] = []
     start = 0
-    for number, line in enumerate(file, start=1):
-        if line.strip():
-            try:
-                if not isinstance(_parse_line(line), dict):
-                    raise _BadRowError("not an object")
-                spans.add(start, len(line))
-                numbers.append(number)
-            except _BadRowError as error:
-                unreadable.append(Unreadable(number, str(error)))
-        start += len(line)
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if line.strip():
+                try:
+                    _parse_line(line)
+                    spans.add(start, len(line))
+                    numbers.append(number)
+                except _BadRowError as error:
+                    unreadable.append(Unreadable(number, str(error)))
+            start += len(line)
     return Rows(spans, numbers, unreadable)
 
 
-class _BadRowError(Exception):
+def _spans(path: Path, decode: Callable[[bytes], Row]) -> Spans[Row]:
+    """Rows of a file that is opened for each: a glob may match more than may be open."""
+
+    def read(start: int, length: int) -> Row:
+        try:
+            with path.open("rb", buffering=0) as file:
+                return decode(os.pread(file.fileno(), length, start))
+        except (OSError, ValueError) as error:
+            raise DataError(
+                f"{path} was changed while it was read ({error}), so its rows are not where they "
+                "were. Run again, and let the file be meanwhile."
+            ) from error
+
+    return Spans(read)
+
+
+class _BadRowError(ValueError):
     """A row that cannot be read; the message is the reason."""
 
 
-def _parse_line(line: bytes) -> Any:
+def _parse_line(line: bytes) -> Row:
     try:
-        return json.loads(line.decode("utf-8-sig"))
+        row = json.loads(line.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         raise _BadRowError("not UTF-8") from error
     except (ValueError, RecursionError) as error:
         raise _BadRowError("not JSON") from error
+    if not isinstance(row, dict):
+        raise _BadRowError("not an object")
+    return row
 
 
 def _read_json(path: Path) -> Rows:
@@ -128,47 +147,58 @@ def _read_json(path: Path) -> Rows:
 def _read_csv(path: Path) -> Rows:
     """A table with a header line; a cell may hold line breaks. Cells stay text."""
     csv.field_size_limit(2**31 - 1)  # the default refuses cells of more than 131,072 characters
-    file = path.open("rb")
-    read = 0
-
-    def lines() -> Iterator[str]:
-        nonlocal read
-        for line in file:
-            read += len(line)
-            yield line.decode("utf-8", "surrogateescape")
-
-    table = csv.reader(lines())
-    header = [name.removeprefix("\ufeff") for name in next(table, [])]
-    if not all(_is_text(name) for name in header):
-        raise DataError(
-            f"{path}: not a UTF-8 table with a header line, so its columns have no names. "
-            "Save it as UTF-8 CSV, or as .jsonl."
-        )
+    header: list[str] = []
 
     def decode(span: bytes) -> Row:
         (cells,) = csv.reader(io.StringIO(span.decode("utf-8"), newline=""))
         return dict(zip(header, cells + [None] * (len(header) - len(cells)), strict=True))
 
-    spans: Spans[Row] = Spans(file, decode)
+    spans = _spans(path, decode)
     numbers = array("Q")
     unreadable: list[Unreadable] = []
-    start, first = read, table.line_num + 1
-    try:
-        for cells in table:
-            if not all(map(_is_text, cells)):
-                unreadable.append(Unreadable(first, "not UTF-8"))
-            elif len(cells) > len(header):
-                unreadable.append(Unreadable(first, "more cells than columns"))
-            elif cells:
-                spans.add(start, read - start)
-                numbers.append(first)
-            start, first = read, table.line_num + 1
-    except csv.Error as error:
-        raise DataError(
-            f"{path}: not a table from line {first} on ({error}), so the rows after it cannot be "
-            "told apart. Mend that line, or save it as .jsonl."
-        ) from error
+    with path.open("rb") as file:
+        lines = _Lines(file)
+        table = csv.reader(lines)
+        start, first = 0, 1
+        try:
+            for cells in table:
+                if not header:
+                    header += [name.removeprefix("\ufeff") for name in cells]
+                    _require_text(path, header)
+                elif not all(map(_is_text, cells)):
+                    unreadable.append(Unreadable(first, "not UTF-8"))
+                elif len(cells) > len(header):
+                    unreadable.append(Unreadable(first, "more cells than columns"))
+                elif cells:
+                    spans.add(start, lines.read - start)
+                    numbers.append(first)
+                start, first = lines.read, table.line_num + 1
+        except csv.Error as error:
+            raise DataError(
+                f"{path}: not a table from line {first} on ({error}), so the rows after it cannot "
+                "be told apart. Mend that line, or save it as .jsonl."
+            ) from error
     return Rows(spans, numbers, unreadable)
+
+
+class _Lines(Iterator[str]):
+    """Lines of a file, with the bytes read so far; what is not UTF-8 becomes lone surrogates."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file, self.read = file, 0
+
+    def __next__(self) -> str:
+        line = next(self._file)
+        self.read += len(line)
+        return line.decode("utf-8", "surrogateescape")
+
+
+def _require_text(path: Path, header: list[str]) -> None:
+    if not all(map(_is_text, header)):
+        raise DataError(
+            f"{path}: not a UTF-8 table with a header line, so its columns have no names. "
+            "Save it as UTF-8 CSV, or as .jsonl."
+        )
 
 
 def _is_text(cell: str) -> bool:

@@ -120,6 +120,8 @@ class Report:
             return "Raise max_prompt_tokens."
         if most.startswith("refused by the chat template"):
             return "Give the tokenizer a chat template that takes such conversations."
+        if most == "not UTF-8":
+            return "Save the file as UTF-8."
         if most in ("columns not understood", "no assistant turn") or most.startswith("no column"):
             return (
                 "Say which of its columns are meant: data.columns={prompt: OWN, response: OWN}, or "

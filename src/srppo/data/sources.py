@@ -104,7 +104,7 @@ def _folder(path: Path, split: str) -> list[tuple[str, Rows]]:
         splits = found if isinstance(found, datasets.DatasetDict) else {split: found}
         _require_split(path, split, splits)
         return [(str(path), Rows(splits[split], range(1, len(splits[split]) + 1)))]
-    if (path / "README.md").is_file():  # may say which files are which split
+    if _names_its_files(path / "README.md"):
         return [(str(path), _hub(str(path), split))]
     try:
         patterns = get_data_patterns(str(path.resolve()))
@@ -123,6 +123,15 @@ def _folder(path: Path, split: str) -> list[tuple[str, Rows]]:
         )
     within = [Path(name).relative_to(path.resolve()) for name in readable]
     return [(str(path / name), read_file(path / name)) for name in within]
+
+
+def _names_its_files(card: Path) -> bool:
+    """Whether a data set card says which files are which split; then `datasets` reads them."""
+    try:
+        text = card.read_text(encoding="utf-8", errors="replace")
+    except FileNotFoundError:
+        return False
+    return text.startswith("---") and "configs:" in text.split("\n---", 1)[0]
 
 
 def _require_split(path: Path, split: str, splits: Iterable[str]) -> None:

@@ -5,7 +5,7 @@ import pickle
 from array import array
 from collections.abc import Callable, Iterable, Sequence
 from tempfile import TemporaryFile
-from typing import IO, Generic, TypeVar, overload
+from typing import Generic, TypeVar, overload
 
 from srppo.errors import DataError
 
@@ -32,13 +32,11 @@ class Picked(Sequence[T], Generic[T]):
 
 
 class Spans(Sequence[T], Generic[T]):
-    """Spans of bytes of a file, each read and decoded when it is asked for: 12 bytes an item.
+    """Spans of bytes of a file, each read when it is asked for: 12 bytes of memory an item."""
 
-    Reads do not move the file's position, so processes may share it after a fork.
-    """
-
-    def __init__(self, file: IO[bytes], decode: Callable[[bytes], T]) -> None:
-        self._file, self._decode = file, decode
+    def __init__(self, read: Callable[[int, int], T]) -> None:
+        """`read(start, length)` makes an item of a span."""
+        self._read = read
         self._starts, self._lengths = array("Q"), array("I")
 
     def add(self, start: int, length: int) -> None:
@@ -56,17 +54,19 @@ class Spans(Sequence[T], Generic[T]):
     def __getitem__(self, index: int | slice) -> T | Sequence[T]:
         if isinstance(index, slice):
             return Picked(self, range(len(self))[index])
-        start, length = self._starts[index], self._lengths[index]
-        return self._decode(os.pread(self._file.fileno(), length, start))
+        return self._read(self._starts[index], self._lengths[index])
 
 
 class OnDisk(Spans[T]):
-    """Items pickled into a temporary file without a name; it lies where TMPDIR says."""
+    """Items pickled into a temporary file without a name; it lies where TMPDIR says.
+
+    Reads do not move the file's position, so processes may share it after a fork.
+    """
 
     def __init__(self, items: Iterable[T] = ()) -> None:
         file = TemporaryFile(buffering=0)  # noqa: SIM115 (closed with the last reference)
-        super().__init__(file, pickle.loads)
-        self._end = 0
+        super().__init__(lambda start, n: pickle.loads(os.pread(file.fileno(), n, start)))
+        self._file, self._end = file, 0
         for item in items:
             self.append(item)
 
