@@ -229,7 +229,7 @@ def load_prompt(turns: list[Any], tokenizer: PreTrainedTokenizerFast) -> list[in
 # --- properties of the ids ------------------------------------------------------------------------
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
 @given(conversation())
 def test_stage_1_and_stage_2_start_from_the_same_ids_and_responses_end_with_eos(
     tokenizer: PreTrainedTokenizerFast, row: dict[str, Any]
@@ -246,7 +246,8 @@ def test_stage_1_and_stage_2_start_from_the_same_ids_and_responses_end_with_eos(
         assert example.prompt_ids in rollouts
         assert example.response_ids[-1] == tokenizer.eos_token_id
         assert example.response_ids.count(tokenizer.eos_token_id) == 1
-    if turns[-1]["role"] == "assistant" and turns[-1]["content"].strip():
+    # A turn may be left out, such as `</s>`, which some can only spell as EOS: then not its prompt.
+    if turns[-1]["role"] == "assistant" and len(examples) == len(rollouts):
         assert examples[-1].prompt_ids == prompt.ids
     own = tokenizer.apply_chat_template(
         turns[: len(turns) - (turns[-1]["role"] == "assistant")],
