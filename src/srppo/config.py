@@ -12,16 +12,19 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from srppo.config_data import DataConfig
 from srppo.errors import ConfigError
-from srppo.validation import Section, validate
-
-Seed = Annotated[int, Field(ge=0, lt=2**32)]
-Positive = Annotated[int, Field(gt=0)]
-NonNegative = Annotated[int, Field(ge=0)]
-PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
-Schedule = Literal["constant", "linear", "cosine"]
+from srppo.validation import (
+    Fraction,
+    NonNegative,
+    NonNegativeFloat,
+    Positive,
+    PositiveFloat,
+    Schedule,
+    Section,
+    Seed,
+    validate,
+)
 
 
 class LoRAConfig(Section):
@@ -68,33 +71,6 @@ class ModelConfig(Section):
                 "Set model.lora.rank=16."
             )
         return self
-
-
-class DataConfig(Section):
-    """Where demonstrations and prompts come from.
-
-    A source is a local .jsonl, .json, .csv or .parquet file, a Hugging Face data set name, or
-    `python:package.module:function`, a generator called with `seed` and `split`.
-    """
-
-    demonstrations: str | None = None
-    """Prompt-response pairs for stage 1."""
-    demonstrations_limit: Positive | None = None
-    """Train on this many of them, drawn by seed; null: all."""
-    held_out: NonNegative = 128
-    """Demonstrations kept out of training for the audit and the held-out NLL."""
-    prompts: str | None = None
-    """Prompts for stage 2; null: those of the demonstrations that stage 1 trains on."""
-    prompts_limit: Positive | None = None
-    """Use this many of them; null: all."""
-    prompts_skip: NonNegative = 0
-    """Skip this many rows first: with the demonstrations' source, makes the two sets disjoint."""
-    split: str = "train"
-    """Split of the sources above."""
-    max_prompt_tokens: Positive = 1024
-    """Longer prompts are dropped, and counted."""
-    max_response_tokens: Positive = 1024
-    """Longer demonstrations are truncated; rollouts and evaluation stop here."""
 
 
 class SFTConfig(Section):
@@ -402,3 +378,9 @@ def parse_recipe(tree: dict[Any, Any]) -> Recipe:
     """
     recipe: Recipe = validate(Recipe, tree)
     return recipe
+
+
+def parse_data(tree: dict[str, Any]) -> DataConfig:
+    """Check the settings of the section `data` alone; ConfigError as above."""
+    settings: DataConfig = validate(DataConfig, tree, prefix=("data",))
+    return settings

@@ -23,6 +23,7 @@ class Provenance:
     data: list[tuple[str, str, str, str, str]]
     """(set, source, rows, used, what was dropped)."""
     data_notes: list[str]
+    data_text: str
 
 
 def view(files: RunFiles) -> Provenance | None:
@@ -43,6 +44,7 @@ def view(files: RunFiles) -> Provenance | None:
         versions=[(name, str(version)) for name, version in mapping(run, "versions").items()],
         data=_data(files.data),
         data_notes=_data_notes(files.data),
+        data_text=files.data_text,
     )
 
 
@@ -136,4 +138,6 @@ def _data_notes(data: Json | None) -> list[str]:
     ]
     if evaluated := number(overlap.get("evaluated")):
         notes.append(f"{plain(evaluated)} of them are evaluation prompts, too: PPO has seen those.")
+    if ngram := number(overlap.get("ngram")):
+        notes.append(f"{plain(ngram)} share half of their 8-grams with those of demonstrations.")
     return notes
