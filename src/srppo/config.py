@@ -118,6 +118,9 @@ class PPOConfig(Section):
     whole response then has one advantage, whatever credit, gamma and gae_lambda say. `all_action`:
     the reward of every token of the vocabulary instead of the sampled one's, no critic; credit,
     gae_lambda and whiten_advantages have no meaning there."""
+    sampled_share: Fraction = 0.5
+    """all_action: share of the sampled token's own reward in its gradient; 0 is the pure
+    all-action gradient, 1 that of sampled rewards (docs/math.md)."""
     steps: Positive | None = None
     """Updates of the policy; null: one pass over the prompts."""
     rollouts_per_step: Positive = 1024

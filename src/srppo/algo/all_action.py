@@ -191,24 +191,27 @@ def all_action_loss(
     old_logprobs: Tensor,
     advantages: Tensor,
     kl_coef: float,
+    share: float,
     clip: float,
-) -> tuple[Tensor, Tensor]:
-    """-gbar(s_t) - min(ratio A_t, clamp(ratio) A_t): its gradient is the estimator, per token.
+) -> Tensor:
+    """-(1 - c) gbar(s_t) - min(ratio A_t, clamp(ratio, 1 - clip, 1 + clip) A_t), per token.
 
-    At the policy that sampled, the gradient is exact in expectation. Later in an update both parts
-    are surrogates, as PPO's: the states are still those of the old policy.
+    Where the policy is still the one that sampled, its gradient is that of -J (see above). Later
+    in the update, gbar is of the policy as it is now; what is neglected is that the states are
+    those of the old policy, as in PPO, and what `clip` cuts off.
 
     Args:
         policy_logits: (n, V), finite, any float type; the gradient flows here.
         soft: (n, V) nats, from `soft_rewards`.
         ids: (n,) int64, the sampled tokens.
-        old_logprobs: (n,) nats, the sampled tokens under the policy that sampled them.
-        advantages: (n,) nats, of what comes after each token.
+        old_logprobs: (n,) nats, of these tokens under the policy that sampled.
+        advantages: (n,) nats, from `all_action_advantages`; not whitened, they add up with gbar.
         kl_coef: beta.
-        clip: PPO's epsilon, for the sampled part.
+        share: c in [0, 1].
+        clip: how far the ratio may gain from leaving 1.
 
     Returns:
-        The loss, and log pi_theta of the sampled tokens; (n,) each.
+        (n,) nats, float32 (float64 for float64).
 
     Raises:
         ShapeError: shapes differ.
@@ -218,7 +221,7 @@ def all_action_loss(
     logprobs = torch.log_softmax(policy_logits, dim=-1, dtype=working_dtype(policy_logits))
     chosen = logprobs.gather(1, ids[:, None]).squeeze(1)
     sampled = clipped_policy_loss(chosen, old_logprobs, advantages, clip)
-    return sampled - _expected_gain(logprobs, soft, kl_coef), chosen
+    return sampled - (1 - share) * _expected_gain(logprobs, soft, kl_coef)
 
 
 def _expected_gain(logprobs: Tensor, soft: Tensor, kl_coef: float) -> Tensor:

@@ -40,6 +40,11 @@ class FrozenStates:
                 output_logits(roles.base.model, self.base[rows].to(roles.base.device)),
             )
 
+    def soft_rewards(self, roles: Roles, batch: Batch, some: slice, config: PPOConfig) -> Tensor:
+        """(n, V) nats, the reward of every token; see srppo.algo.all_action."""
+        sft, base = self.logits(roles, batch, some)
+        return soft_rewards(sft, base, config.kl_coef, config.kl_ref, config.token_clip)
+
 
 def frozen_states(roles: Roles, y: Sequences, max_tokens: int) -> FrozenStates:
     """One pass of each frozen model."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from srppo.algo.advantage import gae, leave_one_out
-from srppo.algo.all_action import future_gains, leave_one_out_per_token
+from srppo.algo.all_action import all_action_advantages
 from srppo.algo.kl import k1
 from srppo.algo.loss import explained_variance
 from srppo.algo.masking import masked_mean, masked_sum, whiten
@@ -154,14 +154,19 @@ def score_rollout(roles: Roles, rollout: Rollout, config: PPOConfig) -> Scores:
 
 
 def rewards_of(rollout: Rollout, scores: Scores, config: PPOConfig) -> Tensor:
-    """(N, T) nats: credit for log pi_sft - log pi_base, minus kl_coef log(pi_theta/pi_ref)."""
+    """(N, T) nats: credit for log pi_sft - log pi_base, minus kl_coef log(pi_theta/pi_ref).
+
+    All-action: each token its own, and the penalty is left to `advantages_of`.
+    """
     mask = rollout.sequences.mask
     ratios = token_log_ratios(scores.sft, scores.base, mask, config.token_clip)
     if config.reward == "mean":
         ratios = ratios / rollout.sequences.lengths[:, None]
     ref = scores.sft if config.kl_ref == "sft" else scores.base
-    rewards = token_rewards(ratios, scores.policy, ref, mask, config.kl_coef, config.credit)
-    if config.missing_eos_penalty:
+    every_token = config.estimator == "all_action"
+    credit = "token" if every_token else config.credit
+    rewards = token_rewards(ratios, scores.policy, ref, mask, config.kl_coef, credit)
+    if config.missing_eos_penalty and not every_token:
         cut_off = (~rollout.ended).nonzero().squeeze(1)
         rewards[cut_off, last_token(mask)[cut_off]] -= config.missing_eos_penalty
     return rewards
@@ -185,15 +190,21 @@ def advantages_of(
 ) -> tuple[Tensor, Tensor]:
     """Advantages and returns, both (N, T); whitening is over the whole rollout.
 
-    All-action: what comes after each token, with and without its baseline.
+    All-action: not whitened, for they add up with what the loss knows exactly; no returns.
     """
     mask = rollout.sequences.mask
     if scores.gains is not None:
-        penalty = -config.missing_eos_penalty * (~rollout.ended).float()
-        future = future_gains(scores.gains, mask, config.gamma, penalty)
-        alone = config.responses_per_prompt == 1
-        group = len(mask) if alone else config.responses_per_prompt
-        return leave_one_out_per_token(future, mask, group), future
+        k = config.responses_per_prompt
+        advantages = all_action_advantages(
+            scores.gains,
+            rewards,
+            mask,
+            group_size=k if k > 1 else len(mask),
+            share=config.sampled_share,
+            gamma=config.gamma,
+            terminal=-config.missing_eos_penalty * (~rollout.ended).float(),
+        )
+        return advantages, torch.zeros_like(rewards)
     if config.estimator == "rloo":
         whole = masked_sum(rewards, mask, dim=1)
         returns = torch.where(mask, whole[:, None], 0.0)

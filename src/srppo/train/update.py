@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 from torch.optim import AdamW
 
-from srppo.algo.all_action import all_action_loss, soft_rewards
+from srppo.algo.all_action import all_action_loss
 from srppo.algo.kl import k3
 from srppo.algo.logprobs import token_logprobs
 from srppo.algo.loss import clip_fraction, clipped_policy_loss, clipped_value_loss
@@ -184,10 +184,10 @@ def token_losses(
     if experience.frozen is None:
         logprobs = token_logprobs(logits, ids)
         return clipped_policy_loss(logprobs, old, advantages, config.clip), logprobs
-    sft_logits, base_logits = experience.frozen.logits(roles, batch, some)
-    beta, ref, bound = config.kl_coef, config.kl_ref, config.token_clip
-    soft = soft_rewards(sft_logits, base_logits, beta, ref, bound)
-    return all_action_loss(logits, soft, ids, old, advantages, beta, config.clip)
+    soft = experience.frozen.soft_rewards(roles, batch, some, config)
+    beta, share = config.kl_coef, config.sampled_share
+    losses = all_action_loss(logits, soft, ids, old, advantages, beta, share, config.clip)
+    return losses, token_logprobs(logits.detach(), ids)
 
 
 def generator(seed: int) -> torch.Generator:
