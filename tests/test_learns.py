@@ -29,6 +29,8 @@ SLOW = pytest.mark.slow
     [
         ("rloo", 0.5),  # one of them in every `make test`
         pytest.param("rloo", 0.2, marks=SLOW),
+        pytest.param("all-action", 0.5, marks=SLOW),
+        pytest.param("all-action", 0.2, marks=SLOW),
         pytest.param("ppo-eos", 0.5, marks=SLOW),
         pytest.param("ppo-eos", 0.2, marks=SLOW),
         pytest.param("ppo-token", 0.5, marks=SLOW),
