@@ -95,8 +95,7 @@ def time_terms(case: Case, phase: str) -> list[float]:
 def memory_terms(case: Case) -> list[float]:
     """What the peak is a sum of, each times a constant: MB, and 1 for the process itself."""
     tokens = min(MICROBATCH, case.prompts * (case.prompt_tokens + case.response_tokens))
-    predicted = tokens * case.response_tokens // (case.prompt_tokens + case.response_tokens)
-    floats = [parameters(case), tokens * case.layers * case.width, predicted * case.vocab]
+    floats = [parameters(case), tokens * case.layers * case.width]
     return [1.0, *(4 * n / 2**20 for n in floats)]
 
 
