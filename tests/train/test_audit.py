@@ -1,5 +1,6 @@
 """The audit: what it measures is right, and it warns when, and only when, there is a reason."""
 
+import copy
 import json
 
 import pytest
@@ -13,6 +14,7 @@ from srppo.data.chat import Example
 from srppo.errors import SrppoError
 from srppo.eval.evaluate import held_out_nll
 from srppo.models.batching import Sequences
+from srppo.models.scoring import score
 from srppo.progress import Reporter
 from srppo.train.audit import LAMBDAS, auc, audit, lambda_curve, top_tokens, warnings_from
 
@@ -141,6 +143,8 @@ def findings(
             "nll_sft": nll_sft,
             "nll_recipe": nll_recipe,
         },
+        "reward": {"sft": {"std": 2.0}},
+        "rounding": {"mean": 0.0, "max": 0.0},
     }
 
 
@@ -251,6 +255,30 @@ def test_an_sft_model_that_did_not_move_is_found_out(pair):
     assert found["separation"] == {"sft_vs_base_auc": 0.5, "demonstrations_vs_base_auc": 0.5}
     assert found["warnings"][0].startswith("the reward separates next to nothing")
     json.dumps(found, allow_nan=False)
+
+
+def test_float32_models_have_no_rounding_error(pair):
+    assert whole(*pair)["rounding"] == {"mean": 0.0, "max": 0.0}
+
+
+def test_the_rounding_error_is_that_of_the_reward_of_each_demonstration(pair):
+    """By hand: sums of sft - base in bfloat16 against the same weights in float32."""
+    half = [copy.deepcopy(m).bfloat16() for m in pair]
+    found = whole(*half)["rounding"]
+    y = Sequences.of([e.prompt_ids for e in HELD_OUT[:8]], [e.response_ids for e in HELD_OUT[:8]])
+    base, sft = (score(m, y, BUDGET) for m in half)
+    base32, sft32 = (score(copy.deepcopy(m).float(), y, BUDGET) for m in half)
+    errors = ((sft - base) - (sft32 - base32)).sum(1).abs()
+    assert found["mean"] == pytest.approx(float(errors.mean()), rel=1e-3)
+    assert found["max"] == pytest.approx(float(errors.max()), rel=1e-3)
+    assert 0 < found["mean"] < 0.2
+
+
+def test_rounding_that_rivals_the_rewards_spread_is_warned_of():
+    harmless, harmful = ({"mean": x, "max": x} for x in (0.01, 0.5))
+    assert not warnings_from({**findings(), "rounding": harmless}, PPOConfig())
+    (warning,) = warnings_from({**findings(), "rounding": harmful}, PPOConfig())
+    assert "model.dtype=float32" in warning
 
 
 @pytest.mark.slow

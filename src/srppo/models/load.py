@@ -152,6 +152,11 @@ def _quantized(bits: str, dtype: str, device: torch.device) -> dict[str, Any]:
     }
 
 
+def is_quantized(model: PreTrainedModel) -> bool:
+    """Whether its weights are in 4 or 8 bits."""
+    return getattr(model.config, "quantization_config", None) is not None
+
+
 def require_quantizer(bits: str) -> None:
     """Raises ModelError without bitsandbytes."""
     if find_spec("bitsandbytes") is None:

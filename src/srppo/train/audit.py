@@ -8,6 +8,7 @@ dominate it; and how far along base·(sft/base)^lambda do held-out demonstration
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from srppo.algo.reward import log_ratio_reward
 from srppo.config import PPOConfig
 from srppo.data.chat import Example
 from srppo.models.batching import Sequences, microbatches
+from srppo.models.load import is_quantized
 from srppo.models.roles import Role
 from srppo.models.scoring import chunks, hidden_states, output_logits, score
 from srppo.progress import Reporter
@@ -29,6 +31,10 @@ from srppo.train.ppo import correlation
 LAMBDAS = [0.0, 0.5, 1.0, 1.25, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0, 5.0, 6.0, 8.0, 11.0]
 SEPARATES = 0.6
 """Below this probability of ranking a pair correctly, the reward separates next to nothing."""
+ROUNDING_SAMPLE = 8
+"""Demonstrations that are scored again in float32, with a copy of one model at a time."""
+ROUNDS_MUCH = 0.1
+"""Rounding of more than this share of the reward's spread over SFT samples is worth a warning."""
 DOMINATES = 0.5
 """One token with more than this share of the reward, or length with this share of its variance."""
 
@@ -70,6 +76,7 @@ def audit(
         "length_corr": {n: float(correlation(lengths[n], r)) for n, r in rewards.items()},
         "top_tokens": top_tokens(sets["sft"], ratios["sft"], tokenizer),
         "curve": lambda_curve(base, sft, sets["demonstrations"], config),
+        "rounding": rounding_error(base, sft, sets["demonstrations"], ratios["demonstrations"]),
     }
     findings["warnings"] = warnings_from(findings, config)
     return findings
@@ -106,6 +113,26 @@ def lambda_curve(
         "nll_sft": nll_of[1.0],
         "nll_recipe": nll_of[nearest],
     }
+
+
+def rounding_error(
+    base: Role | PreTrainedModel, sft: Role | PreTrainedModel, y: Sequences, ratios: Tensor
+) -> dict[str, float] | None:
+    """How far rounding in the models' number format moves the reward: nats a response, over the
+    first few, against the same weights in float32. None: quantised weights have no such twin."""
+    models = [Role.of(sft), Role.of(base)]
+    if any(is_quantized(m.model) for m in models):
+        return None
+    if all(m.model.dtype == torch.float32 for m in models):
+        return {"mean": 0.0, "max": 0.0}
+    n = min(ROUNDING_SAMPLE, len(y))
+    few = Sequences(y.prompt_ids[:n], y.response_ids[:n], y.mask[:n])
+    exact = []
+    for role in models:
+        with role.active() as model:
+            exact.append(score(copy.deepcopy(model).float(), few, few.mask.numel()))
+    errors = (ratios[:n] - (exact[0] - exact[1])).sum(1).abs()
+    return {"mean": float(errors.mean()), "max": float(errors.max())}
 
 
 def top_tokens(
@@ -153,6 +180,13 @@ def warnings_from(findings: dict[str, Any], config: PPOConfig) -> list[str]:
             f"length explains {corr**2:.0%} of the reward's variance over SFT samples (correlation "
             f"{corr:+.2f}): the policy may learn {'longer' if corr > 0 else 'shorter'} responses "
             "and little else. Watch response_length, or set ppo.reward=mean."
+        )
+    rounding, spread = findings["rounding"], findings["reward"]["sft"]["std"]
+    if rounding and rounding["mean"] > ROUNDS_MUCH * spread:
+        said.append(
+            f"rounding moves the reward by {rounding['mean']:.2g} nats a response, where SFT "
+            f"samples spread over {spread:.2g}: part of what PPO climbs would be noise of the "
+            "number format. Set model.dtype=float32."
         )
     star, recipe = curve["lam_star"], curve["lam_recipe"]
     if star <= 1.0:
