@@ -29,6 +29,7 @@ from workload import EOS, GROUP, StepClock, load, load_case
 VARIANTS: dict[str, dict[str, object]] = {
     "ppo": {"estimator": "ppo"},
     "ppo-bf16": {"estimator": "ppo", "compute": "bfloat16"},
+    "all-action": {"estimator": "all_action"},
     "rloo": {"estimator": "rloo", "responses_per_prompt": GROUP, "whiten_advantages": False},
 }
 """Settings of each row; a new row is a line here and one in run.py."""

@@ -29,10 +29,11 @@ ENGINES = {
     "trl-grpo": [sys.executable, "trl_groups.py", "grpo"],
     "ours-ppo": [sys.executable, "ours.py", "ppo"],
     "ours-ppo-bf16": [sys.executable, "ours.py", "ppo-bf16"],
+    "ours-all-action": [sys.executable, "ours.py", "all-action"],
     "ours-rloo": [sys.executable, "ours.py", "rloo"],
 }
 """Interpreter, script and what follows DIR, STEPS and SEED; a new row is a line here."""
-DEFAULT = ["trl-ppo", "trl-rloo", "trl-grpo", "ours-ppo", "ours-ppo-bf16"]
+DEFAULT = ["trl-ppo", "trl-rloo", "trl-grpo", "ours-ppo", "ours-ppo-bf16", "ours-all-action"]
 
 
 def main() -> None:

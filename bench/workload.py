@@ -26,8 +26,11 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
+from transformers.utils.logging import disable_progress_bar
 
 from case import Case
+
+disable_progress_bar()
 
 EOS, PAD = 0, 1
 GROUP = 4

@@ -167,9 +167,8 @@ class PPOConfig(Section):
     """Discount (ours)."""
     gae_lambda: Fraction = 1.0
     """GAE's lambda (ours): below 1, credit at EOS fades on its way to the early tokens."""
-    value_learning_rate: PositiveFloat = 0.1
-    """AdamW, critic: about how far one step moves a value, in standard deviations of the first
-    returns (ours)."""
+    value_learning_rate: PositiveFloat = 1e-3
+    """AdamW, critic (ours)."""
     value_clip: PositiveFloat = 0.2
     """How far a value may move per step, in standard deviations of the returns (ours)."""
     value_warmup_steps: NonNegative = 0

@@ -128,7 +128,7 @@ def test_chunks_cover_the_tokens_in_order(model, monkeypatch):
 def test_values_come_from_the_same_pass_and_ignore_padding_and_the_predicted_token(model):
     torch.manual_seed(1)
     critic = ValueHead(model)
-    torch.nn.init.normal_(critic.linear.weight)
+    torch.nn.init.normal_(critic.out.weight)
     y = tiny.sequences()
     logprobs, units = score_with_values(model, critic, y, ONE_BATCH)
     assert torch.equal(logprobs, score(model, y, ONE_BATCH))

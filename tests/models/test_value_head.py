@@ -29,7 +29,7 @@ def test_zero_weights_give_the_mean_return_everywhere(critic):
 
 def test_its_unit_is_a_standard_deviation_of_the_returns(critic):
     critic.calibrate(torch.tensor([3.0, 7.0]), torch.tensor([True, True]))
-    critic.linear.bias.data.fill_(1.5)
+    critic.out.bias.data.fill_(1.5)
     assert torch.equal(critic.units(HIDDEN), torch.full((5,), 1.5))
     assert torch.equal(critic(HIDDEN), torch.full((5,), 5.0 + 1.5 * 2.0))
 
@@ -51,11 +51,19 @@ def test_no_gradient_reaches_the_policy(critic):
     hidden = HIDDEN.clone().requires_grad_()
     critic(hidden).sum().backward()
     assert hidden.grad is None
-    assert critic.linear.weight.grad.abs().sum() > 0
+    assert critic.out.weight.grad.abs().sum() > 0
 
 
 def test_values_are_float32_whatever_the_policy_computes_in(critic):
     assert critic.units(HIDDEN.bfloat16()).dtype == torch.float32
+
+
+def test_equal_runs_have_equal_critics(critic):
+    torch.manual_seed(7)
+    other = ValueHead(tiny.model())
+    assert all(
+        torch.equal(a, b) for a, b in zip(critic.parameters(), other.parameters(), strict=True)
+    )
 
 
 def test_shift_and_scale_are_saved_but_not_trained(critic):

@@ -239,7 +239,7 @@ def train(pair, tmp_path):
                 "rollouts_per_step": 16,
                 "minibatch_size": 8,
                 "learning_rate": 1e-3,
-                "value_learning_rate": 0.1,
+                "value_learning_rate": 1e-3,
                 **settings,
             }
         )

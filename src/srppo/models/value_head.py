@@ -1,4 +1,4 @@
-"""The critic: one linear unit on the policy's own hidden states."""
+"""The critic: a small network on the policy's own hidden states."""
 
 from __future__ import annotations
 
@@ -6,20 +6,19 @@ import math
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import rms_norm
+from torch.nn.functional import gelu, rms_norm
 from transformers import PreTrainedModel
 
 
 class ValueHead(nn.Module):
-    """V(x, y_<t) = shift + scale * linear(h): estimate in nats of the return from a prefix on.
+    """V(x, y_<t) = shift + scale * network(h): estimate in nats of the return from a prefix on.
 
     h is what the policy's output head reads; no gradient flows back into it, so the critic costs
-    no second trunk and cannot disturb the policy. It is normed and divided by its width, so that
-    one step of AdamW moves a unit-sized value by about its learning rate, whatever the model. The
-    weights start at zero. `shift` and `scale` are the mean and standard deviation of the first
-    rollout's returns: sums over a response can be hundreds of nats, which a unit-sized head would
-    take hundreds of steps to reach, and until then every response would look better than expected,
-    the more so near its end (docs/LOG.md).
+    no second trunk and cannot disturb the policy. One hidden layer, for a linear unit explains too
+    little (docs/LOG.md). The last weights start at zero. `shift` and `scale` are the mean and
+    standard deviation of the first rollout's returns: sums over a response can be hundreds of
+    nats, which a unit-sized network would take hundreds of steps to reach, and until then every
+    response would look better than expected, the more so near its end (docs/LOG.md).
     """
 
     shift: Tensor
@@ -28,11 +27,14 @@ class ValueHead(nn.Module):
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
         width = model.config.get_text_config().hidden_size
-        self.linear = nn.Linear(width, 1, device=model.device)
-        nn.init.zeros_(self.linear.weight)
-        nn.init.zeros_(self.linear.bias)
-        self.register_buffer("shift", torch.tensor(math.nan, device=model.device))
-        self.register_buffer("scale", torch.tensor(math.nan, device=model.device))
+        self.hidden, self.out = nn.Linear(width, width), nn.Linear(width, 1)
+        generator = torch.Generator().manual_seed(0)  # equal runs have equal critics
+        nn.init.normal_(self.hidden.weight, std=width**-0.5, generator=generator)
+        for zero in (self.hidden.bias, self.out.weight, self.out.bias):
+            nn.init.zeros_(zero)
+        self.register_buffer("shift", torch.tensor(math.nan))
+        self.register_buffer("scale", torch.tensor(math.nan))
+        self.to(model.device)
 
     @property
     def calibrated(self) -> bool:
@@ -52,7 +54,7 @@ class ValueHead(nn.Module):
     def units(self, hidden: Tensor) -> Tensor:
         """(n,) values before `shift` and `scale`, which only a rollout's returns can give."""
         h = hidden.detach().float()
-        units: Tensor = self.linear(rms_norm(h, h.shape[-1:]) / h.shape[-1]).squeeze(-1)
+        units: Tensor = self.out(gelu(self.hidden(rms_norm(h, h.shape[-1:])))).squeeze(-1)
         return units
 
     def in_nats(self, units: Tensor) -> Tensor:
