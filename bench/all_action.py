@@ -10,8 +10,9 @@ Every state (prompt and prefix without EOS) is a row of a table, so J and its gr
 at policies that have closed 0, 50, 90 and 98% of the gap from J(sft) to J*; in brackets how far the
 mean of 300 batches of 32 is from the exact gradient, and how far chance alone would put it.
 `rollouts`: responses sampled until J has come 95% and 99% of the way, for each estimator at its
-best of one grid of learning rate, epochs and clip: 32 responses a step in 2 minibatches, gradient
-norm 1, all else as the trainer has it (advantages whitened but for all-action, critic calibrated).
+best of one grid of learning rate, epochs and clip, chosen on other seeds: 32 responses a step in 2
+minibatches, gradient norm 1, all else as the trainer has it (advantages whitened but for
+all-action, critic calibrated).
 """
 
 from __future__ import annotations
@@ -33,14 +34,13 @@ from srppo.algo.all_action import (
     all_action_loss,
     expected_gain,
     future_gains,
-    leave_one_out_per_token,
     soft_rewards,
 )
 from srppo.algo.logprobs import token_logprobs
 from srppo.algo.loss import clipped_policy_loss, clipped_value_loss
 from srppo.algo.masking import whiten
 
-WIDTH, BATCH, MINIBATCHES, GROUP = 64, 32, 2, 4  # GROUP: responses to one prompt, for RLOO
+WIDTH, BATCH, MINIBATCHES, GROUP = 64, 32, 2, 4  # GROUP: responses to one prompt
 
 
 class Networks:
@@ -177,69 +177,71 @@ class Problem:
 
 
 class Rollout:
-    """What an estimator may look at: n responses of each of R runs, flattened to R n rows."""
+    """What an estimator may look at: n responses of each of R runs, all (R, n, T) nats."""
 
     def __init__(self, p: Problem, logits: Tensor, states: Tensor, ids: Tensor, mask: Tensor):
         run = torch.arange(len(logits))[:, None, None]
-        self.runs, self.n = states.shape[:2]
-        self.logprobs = _rows(token_logprobs(logits[run, states], ids))
-        self.mask = _rows(mask)
-        self.rewards = torch.where(
-            self.mask, _rows(p.soft[states, ids]) - p.kl_coef * self.logprobs, 0.0
-        )
+        self.mask = mask
+        self.logprobs = token_logprobs(logits[run, states], ids)
+        self.rewards = p.soft[states, ids] - p.kl_coef * self.logprobs
         soft = p.soft.expand(len(logits), -1, -1)
         gains = expected_gain(logits.flatten(0, 1), soft.flatten(0, 1), p.kl_coef)
-        self.gains = _rows(gains.view(logits.shape[:2])[run, states])
-        self.exact_values = _rows(p.values(logits)[run, states].float())
+        self.gains = gains.view(logits.shape[:2])[run, states]
+        self.exact_values = p.values(logits)[run, states].float()
 
-
-def _rows(x: Tensor) -> Tensor:
-    return x.flatten(0, 1)
+    def mixed(self, share: float) -> Tensor:
+        """Rewards of which only a share is sampled; zero at padding."""
+        return torch.where(self.mask, self.gains.lerp(self.rewards, share), 0.0)
 
 
 Advantages = Callable[[Rollout], Tensor]
 
 
 def rloo(r: Rollout) -> Tensor:
-    return leave_one_out(r.rewards.sum(1), GROUP)[:, None] * r.mask
+    whole = r.mixed(1.0).sum(2)
+    return leave_one_out(whole.flatten(), GROUP).view_as(whole)[..., None] * r.mask
 
 
-def reward_to_go(r: Rollout) -> Tensor:
-    return leave_one_out_per_token(r.rewards.flip(1).cumsum(1).flip(1), r.mask, r.n)
+def all_action(share: float, group_size: int = GROUP, gamma: float = 1.0) -> Advantages:
+    return lambda r: all_action_advantages(r.gains, r.rewards, r.mask, group_size, share, gamma)
 
 
-def exact_critic(r: Rollout, lam: float = 1.0) -> Tensor:
-    return gae(r.rewards, r.exact_values, r.mask, 1.0, lam)[0]
+def exact_critic(share: float, lam: float) -> Advantages:
+    return lambda r: gae_of(r, r.exact_values, share, lam)[0]
 
 
-def all_action(share: float, gamma: float = 1.0) -> Advantages:
-    """The baseline is over the whole batch."""
-    return lambda r: all_action_advantages(r.gains, r.rewards, r.mask, r.n, share, gamma)
+def gae_of(r: Rollout, values: Tensor, share: float, lam: float) -> tuple[Tensor, Tensor]:
+    """GAE over rewards of which a share is sampled: with share 0 it is all-action's A_t."""
+    rows = (x.flatten(0, 1) for x in (r.mixed(share), values, r.mask))
+    advantages, returns = gae(*rows, 1.0, lam)
+    return advantages.view_as(values), returns.view_as(values)
 
 
 # name: advantages of the sampled tokens, and the share c of sampled rewards (1: no exact part)
 GRADIENTS: dict[str, tuple[Advantages, float]] = {
-    "RLOO, 4 a prompt": (rloo, 1.0),
-    "reward to go, batch mean": (reward_to_go, 1.0),
-    "PPO, exact V, lambda 1": (exact_critic, 1.0),
-    "PPO, exact V, lambda 0": (lambda r: exact_critic(r, 0.0), 1.0),
+    "RLOO": (rloo, 1.0),
+    "reward to go": (all_action(1.0), 1.0),
+    "PPO, exact V, lambda 1": (exact_critic(1.0, 1.0), 1.0),
+    "PPO, exact V, lambda 0": (exact_critic(1.0, 0.0), 1.0),
     "all-action, immediate part only": (lambda r: torch.zeros_like(r.gains), 0.0),
     "all-action, no baseline": (lambda r: future_gains(r.gains, r.mask), 0.0),
-    "all-action, 4 a prompt": (
-        lambda r: all_action_advantages(r.gains, r.rewards, r.mask, GROUP, 0.0),
-        0.0,
-    ),
-    "all-action, gamma 0.9": (all_action(0.0, 0.9), 0.0),
+    "all-action, batch baseline": (all_action(0.0, group_size=1), 0.0),
+    "all-action, gamma 0.9": (all_action(0.0, gamma=0.9), 0.0),
     "all-action": (all_action(0.0), 0.0),
     "all-action, c = 0.25": (all_action(0.25), 0.25),
     "all-action, c = 0.5": (all_action(0.5), 0.5),
     "all-action, c = 0.75": (all_action(0.75), 0.75),
+    "all-action, exact V, lambda 1": (exact_critic(0.0, 1.0), 0.0),
+    "all-action, exact V, lambda 1, c = 0.5": (exact_critic(0.5, 1.0), 0.5),
+    "all-action, exact V, lambda 0": (exact_critic(0.0, 0.0), 0.0),
 }
-ESTIMATORS: dict[str, tuple[Advantages, float]] = {
-    "PPO": (exact_critic, 1.0),  # trained with a critic that learns instead
+# the same, to train with; None: GAE with a critic that learns
+ESTIMATORS: dict[str, tuple[Advantages | None, float]] = {
+    "PPO": (None, 1.0),
     "RLOO": (rloo, 1.0),
     "all-action": (all_action(0.0), 0.0),
     "all-action, c = 0.5": (all_action(0.5), 0.5),
+    "all-action with critic, c = 0.5": (None, 0.5),
 }
 
 
@@ -276,7 +278,6 @@ def variance(
     for _ in range(repeats):
         states, ids, mask = p.sample(logits.detach(), batch, GROUP, generator)
         rollout = Rollout(p, logits.detach(), states, ids, mask)
-        states, ids = _rows(states), _rows(ids)
         new = policy(p.x[None])[0, states]
         for name, (advantages, share) in GRADIENTS.items():
             losses = token_losses(
@@ -316,20 +317,21 @@ def train(
     """A run for each learning rate: (rollouts so far, share of the gap closed (R,)), by step."""
     generator = torch.Generator().manual_seed(seed)
     advantages_of, share = ESTIMATORS[estimator]
-    R, group = len(rates), GROUP if estimator == "RLOO" else 1
+    R, group = len(rates), GROUP if advantages_of else 1
     policy = p.sft.repeat(R)
     optimizer = Adam(policy, rates)
-    critic = Critic(p, rates, generator) if estimator == "PPO" else None
-    x, shape, curve = p.x.expand(R, -1, -1), (R, BATCH, p.T), []
-    best = torch.zeros(R)
+    critic = None if advantages_of else Critic(p, rates, generator)
+    x, curve, best = p.x.expand(R, -1, -1), [], torch.zeros(R)
     while len(curve) * BATCH < budget and bool((best < 0.99).any()):
         with torch.no_grad():
             logits = policy(x)
             states, ids, mask = p.sample(logits, BATCH, group, generator)
             rollout = Rollout(p, logits, states, ids, mask)
-            old = rollout.logprobs.view(shape)
-            advantages = critic.advantages(rollout, states) if critic else advantages_of(rollout)
-            advantages = advantages.view(shape)
+            old = rollout.logprobs
+            if critic:
+                advantages = critic.advantages(rollout, states, share)
+            else:
+                advantages = advantages_of(rollout)
             if share == 1:
                 advantages = torch.stack([whiten(*am) for am in zip(advantages, mask, strict=True)])
         for _ in range(epochs):
@@ -362,16 +364,15 @@ class Critic:
         self.optimizer = Adam(self.network, rates)
         self.calibration: tuple[Tensor, Tensor] | None = None
 
-    def advantages(self, r: Rollout, states: Tensor) -> Tensor:
+    def advantages(self, r: Rollout, states: Tensor, share: float) -> Tensor:
         if self.calibration is None:
-            returns = r.rewards.flip(1).cumsum(1).flip(1)[r.mask]
+            returns = r.mixed(share).flip(2).cumsum(2).flip(2)[r.mask]
             self.calibration = returns.mean(), returns.std()
         shift, scale = self.calibration
         self.values = self.network(self.x[states].flatten(1, 2)).view(states.shape)
-        values = shift + scale * _rows(self.values)
-        advantages, returns = gae(r.rewards, values, r.mask, 1.0, 1.0)
-        self.targets = ((returns - shift) / scale).view(states.shape)
-        stds = [t[m].std() for t, m in zip(self.targets, r.mask.view(states.shape), strict=True)]
+        advantages, returns = gae_of(r, shift + scale * self.values, share, 1.0)
+        self.targets = (returns - shift) / scale
+        stds = [t[m].std() for t, m in zip(self.targets, r.mask, strict=True)]
         self.clip = 0.2 * torch.stack(stds).view(-1, 1, 1)
         return advantages
 

@@ -85,14 +85,12 @@ def gradient(value, net):
     return torch.cat([g.flatten() for g in torch.autograd.grad(value, list(net.parameters()))])
 
 
-def every_batch(baseline):
-    """All batches as (prompts, responses), each (batches, N), and the groups' size."""
-    if baseline == "batch":  # one response to each prompt: the other prompt's is the baseline
-        responses = torch.cartesian_prod(*[torch.arange(S)] * PROMPTS)
-        return torch.arange(PROMPTS).expand_as(responses), responses
-    triples = torch.cartesian_prod(*[torch.arange(S)] * 3)  # three responses to one prompt
-    prompts = torch.arange(PROMPTS).repeat_interleave(len(triples))[:, None].expand(-1, 3)
-    return prompts, triples.repeat(PROMPTS, 1)
+# What each row of a batch answers, and how many responses a prompt gets.
+BATCHES = {
+    "none": ([0, 1], 1),
+    "batch": ([0, 1], 1),  # the other prompt's response is the baseline
+    "prompt": ([0, 0, 1, 1], 2),  # mostly the prompt's other response
+}
 
 
 def expected_loss(
@@ -111,10 +109,10 @@ def expected_loss(
         rewards = soft.view(PROMPTS, S, T, V).gather(3, ids[..., None]).squeeze(3)
         rewards = rewards - BETA * old_logprobs
         p = torch.where(MASK, old_logprobs, 0.0).sum(2).exp()
-    prompts, responses = every_batch(baseline)
-    weights = p[prompts, responses].prod(1)
-    weights = weights / weights.sum()  # the prompts of the triples are equally likely
-    x, y = prompts.flatten(), responses.flatten()
+    x, group_size = torch.tensor(BATCHES[baseline][0]), BATCHES[baseline][1]
+    y = torch.cartesian_prod(*[torch.arange(S)] * len(x))  # every batch: (S^N, N) responses
+    x = x.expand_as(y)
+    weights = p[x, y].prod(1)
     mask, terminal = MASK[y], -penalty * CUT_OFF[y].double()
     if baseline == "none":
         noise = share * (rewards - gains)
@@ -122,7 +120,7 @@ def expected_loss(
         advantages = noise[x, y] + future
     else:
         advantages = all_action_advantages(
-            gains[x, y], rewards[x, y], mask, prompts.shape[1], share, gamma, terminal
+            gains[x, y], rewards[x, y], mask, group_size, share, gamma, terminal
         )
     if keep == "immediate":
         advantages = torch.zeros_like(advantages)
@@ -133,8 +131,8 @@ def expected_loss(
     losses = all_action_loss(logits, soft[rows], *tokens, BETA, share, UNCLIPPED)
     if keep == "future":
         losses = losses + (1 - share) * expected_gain(logits, soft[rows], BETA)
-    per_token = (weights[:, None, None] / prompts.shape[1]).expand(-1, prompts.shape[1], T)
-    return (losses * per_token.reshape(-1, T)[mask]).sum()
+    per_token = weights[:, None, None].expand(mask.shape) / y.shape[1]
+    return (losses * per_token[mask]).sum()
 
 
 def relative_error(found, exact):
@@ -143,7 +141,7 @@ def relative_error(found, exact):
 
 @pytest.mark.parametrize("name", POLICIES)
 @pytest.mark.parametrize("ref", ["sft", "base"])
-@pytest.mark.parametrize("baseline", ["none", "batch", "group"])
+@pytest.mark.parametrize("baseline", list(BATCHES))
 @pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
 def test_the_estimator_is_unbiased(name, ref, baseline, share):
     policy = POLICIES[name]
@@ -160,7 +158,7 @@ def test_the_exact_objective_is_the_one_of_optimum():
 
 
 @pytest.mark.parametrize("options", [{"token_clip": 0.5}, {"penalty": 2.0}])
-@pytest.mark.parametrize("baseline", ["batch", "group"])
+@pytest.mark.parametrize("baseline", ["batch", "prompt"])
 def test_it_stays_unbiased_with_the_options_of_the_reward(options, baseline):
     policy = POLICIES["near"]
     exact = gradient(exact_objective(policy, **options), policy)
@@ -217,7 +215,7 @@ def test_at_another_policy_only_the_states_are_those_of_the_old_one():
     torch.testing.assert_close((p_new * step).sum(1).mean(), difference)
 
     p_old = torch.where(MASK, old_tokens, 0.0).sum(2).exp().detach()
-    for share, baseline in itertools.product((0.0, 0.5, 1.0), ("none", "batch", "group")):
+    for share, baseline in itertools.product((0.0, 0.5, 1.0), BATCHES):
         moved_by = token_table(new) - old_tokens.detach()
         gain = gains.detach() + share * BETA * moved_by.detach()
         terms = torch.where(MASK, moved_by.exp() * (gain + after), 0.0).sum(2)  # a, sampled by old
@@ -292,13 +290,16 @@ def test_the_future_by_loops(gamma):
     torch.testing.assert_close(without, future_gains(dirty, PADDED, gamma, torch.zeros(4)))
 
 
-@pytest.mark.parametrize("k", [2, 4])
-def test_the_baseline_is_the_mean_of_the_others_that_are_as_long(k):
+@pytest.mark.parametrize("k", [1, 2, 4])
+def test_the_baseline_is_the_prompts_mean_with_the_batchs_as_one_more_response(k):
     future = random_logits(4, 5)
     advantages = leave_one_out_per_token(future.masked_fill(~PADDED, math.nan), PADDED, k)
     for b, t in itertools.product(range(4), range(5)):
-        others = [j for j in range(b - b % k, b - b % k + k) if j != b and PADDED[j, t]]
-        baseline = sum(future[j, t].item() for j in others) / len(others) if others else 0.0
+        others = [j for j in range(4) if j != b and PADDED[j, t]]
+        values = [future[j, t].item() for j in others if j // k == b // k]
+        if others:
+            values.append(sum(future[j, t].item() for j in others) / len(others))
+        baseline = sum(values) / len(values) if others else 0.0
         expected = future[b, t].item() - baseline if PADDED[b, t] else 0.0
         assert advantages[b, t].item() == pytest.approx(expected)
 
@@ -341,6 +342,6 @@ def test_what_does_not_fit_is_refused():
         expected_gain(x, x[:1], BETA)
     with pytest.raises(ShapeError, match="after padding"):
         future_gains(x, PADDED.flip(1))
-    for k in (0, 1, 3):
+    for k in (0, 3, 8):
         with pytest.raises(ShapeError, match=f"groups of {k}"):
             leave_one_out_per_token(x, PADDED, k)

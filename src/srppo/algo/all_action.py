@@ -103,17 +103,16 @@ def all_action_advantages(
     """c eps_t + F_t - b_t: what the sampled token is held to account for.
 
     Args:
-        gains: (N, T) nats, gbar(s_t) from `expected_gain`, of the policy that sampled.
-        rewards: (N, T) nats, g(s_t, a_t), from `token_rewards` with credit "token".
-        mask: (N, T) bool, True at response tokens, right-padded.
-        group_size: b_t is over the others of each so many consecutive rows: the responses to one
-            prompt, or all of a batch.
+        gains: (..., N, T) nats, gbar(s_t) from `expected_gain`, of the policy that sampled.
+        rewards: (..., N, T) nats, g(s_t, a_t), from `token_rewards` with credit "token".
+        mask: (..., N, T) bool, True at response tokens, right-padded.
+        group_size: responses to each prompt, consecutive rows; at least 1.
         share: c in [0, 1], as in `all_action_loss`.
         gamma: discount per token, in [0, 1]; below 1 the gradient is biased.
-        terminal: (N,) nats, see `future_gains`.
+        terminal: (..., N) nats, see `future_gains`.
 
     Returns:
-        (N, T) nats, zero at padding.
+        (..., N, T) nats, zero at padding.
 
     Raises:
         ShapeError: shapes differ, a row is not right-padded, or groups of that size cannot be.
@@ -130,58 +129,69 @@ def future_gains(
     """F_t = sum_{k>t} gamma^(k-t) gains_k: what is earned after token t.
 
     Args:
-        gains: (N, T) nats.
-        mask: (N, T) bool, True at response tokens, right-padded.
+        gains: (..., T) nats.
+        mask: (..., T) bool, True at response tokens, right-padded.
         gamma: discount per token, in [0, 1].
-        terminal: (N,) nats, earned with the last token and unknown to g, such as
+        terminal: (...) nats, earned with the last token and unknown to g, such as
             -missing_eos_penalty of a response that was cut off. It stays sampled: it is in every
             F_t, the last token's included.
 
     Returns:
-        (N, T) nats, zero at padding.
+        (..., T) nats, zero at padding.
 
     Raises:
         ShapeError: shapes differ, or a row is not right-padded.
     """
     require_same_shape(gains=gains, mask=mask)
-    require_right_padded(mask)
+    require_right_padded(mask.flatten(0, -2))
     gains = torch.where(mask, gains, 0.0)
     future = torch.zeros_like(gains)
-    after = future[:, 0] if terminal is None else terminal.to(gains.dtype)
-    for t in reversed(range(gains.shape[1])):
-        future[:, t] = torch.where(mask[:, t], after, 0.0)
-        after = torch.where(mask[:, t], gamma * (gains[:, t] + after), after)
+    after = future[..., 0] if terminal is None else terminal.to(gains.dtype)
+    for t in reversed(range(gains.shape[-1])):
+        future[..., t] = torch.where(mask[..., t], after, 0.0)
+        after = torch.where(mask[..., t], gamma * (gains[..., t] + after), after)
     return future
 
 
 def leave_one_out_per_token(future: Tensor, mask: Tensor, group_size: int) -> Tensor:
-    """F_t minus the mean F_t of the group's other responses that have a token t.
+    """F_t - b_t with b_t the mean over the prompt's other responses, shrunk towards the batch's.
 
-    The others do not depend on y_i, so the gradient stays unbiased. Where no other response is
-    as long, nothing is subtracted.
+    b_t = (sum of F_t over the others of the group + mean of F_t over all others) / (n + 1)
+
+    with n others of the group that have a token t: the mean over the whole batch counts as one
+    more response. No other response depends on y_i, so the gradient stays unbiased. Where none in
+    the batch is as long, nothing is subtracted.
 
     Args:
-        future: (N, T) nats, from `future_gains`; groups are consecutive rows.
-        mask: (N, T) bool, True at response tokens.
-        group_size: at least 2.
+        future: (..., N, T) nats, from `future_gains`; groups are consecutive rows of N.
+        mask: (..., N, T) bool, True at response tokens.
+        group_size: responses to each prompt, at least 1.
 
     Returns:
-        (N, T) nats, zero at padding.
+        (..., N, T) nats, zero at padding.
 
     Raises:
-        ShapeError: shapes differ, groups of one, or N is not a multiple of the size.
+        ShapeError: shapes differ, or N is not a multiple of the size.
     """
     require_same_shape(future=future, mask=mask)
-    if group_size < 2 or len(future) % group_size:
+    N = future.shape[-2]
+    if group_size < 1 or N % group_size:
         raise ShapeError(
-            f"{len(future)} responses cannot be split into groups of {group_size}: the baseline "
-            "is the mean of a group's other responses. Use groups of at least two, all whole."
+            f"{N} responses cannot be split into groups of {group_size}: the baseline is over the "
+            "other responses to the same prompt. Keep every group whole."
         )
     future = torch.where(mask, future, 0.0)
-    groups = future.view(-1, group_size, future.shape[1])
-    others = mask.view_as(groups).sum(dim=1, keepdim=True) - 1
-    baseline = (groups.sum(dim=1, keepdim=True) - groups) / others.clamp(min=1)
-    return torch.where(mask, future - baseline.view_as(future), 0.0)
+    batch_sum, batch_n = _others(future, mask, N)
+    group_sum, group_n = _others(future, mask, group_size)
+    baseline = (group_sum + batch_sum / batch_n.clamp(min=1)) / (group_n + 1)
+    return torch.where(mask, future - baseline, 0.0)
+
+
+def _others(x: Tensor, mask: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """Sum of `x` over the others of each row's group, token by token, and how many those are."""
+    groups, present = (y.unflatten(-2, (-1, size)) for y in (x, mask.to(x.dtype)))
+    sums, counts = (y.sum(-2, keepdim=True) - y for y in (groups, present))
+    return sums.view_as(x), counts.view_as(x)
 
 
 def all_action_loss(
