@@ -194,12 +194,11 @@ def advantages_of(
     """
     mask = rollout.sequences.mask
     if scores.gains is not None:
-        k = config.responses_per_prompt
         advantages = all_action_advantages(
             scores.gains,
             rewards,
             mask,
-            group_size=k if k > 1 else len(mask),
+            group_size=config.responses_per_prompt,
             share=config.sampled_share,
             gamma=config.gamma,
             terminal=-config.missing_eos_penalty * (~rollout.ended).float(),
