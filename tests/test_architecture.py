@@ -202,7 +202,7 @@ SECTIONS = {
     for name, field in config.Recipe.model_fields.items()
     if isinstance(field.annotation, type) and issubclass(field.annotation, config.Section)
 }
-DOCUMENTS = ["README.md", "CONTRIBUTING.md", "docs/math.md", "docs/metrics.md"]
+DOCUMENTS = ["README.md", "CONTRIBUTING.md", "docs/math.md", "docs/metrics.md", "docs/data.md"]
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)
@@ -211,7 +211,7 @@ def test_settings_named_in_the_documents_exist(document):
     unknown = [
         f"{section}.{key}"
         for section, key in named
-        if key not in SECTIONS[section].model_fields and key not in ("json", "jsonl", "py")
+        if key not in SECTIONS[section].model_fields and key not in ("json", "jsonl", "py", "txt")
     ]
     assert unknown == []
 
@@ -364,6 +364,14 @@ def test_the_metrics_of_stage_1_are_documented_and_the_documented_ones_logged(ru
 @pytest.mark.parametrize("file", ["audit.json", "results.json"])
 def test_the_keys_of_the_json_files_are_documented_and_the_documented_ones_written(file, run_dir):
     require_same(file, flat(json.loads(read(run_dir / file))))
+
+
+def test_the_keys_of_data_json_are_documented(run_dir):
+    """All that are written; reasons for dropping rows are written only where rows are dropped."""
+    patterns = documented("data.json").values()
+    written = flat(json.loads(read(run_dir / "data.json")))
+    assert [k for k in written if not any(p.fullmatch(k) for p in patterns)] == []
+    assert len(written) > 50
 
 
 def test_the_keys_of_the_samples_are_documented_and_the_documented_ones_written(run_dir):

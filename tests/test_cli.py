@@ -10,7 +10,7 @@ import pytest
 import tiny
 from runs import python, srppo_command, write_recipe
 
-COMMANDS = ("run", "sft", "audit", "ppo", "report", "summary")
+COMMANDS = ("run", "sft", "audit", "ppo", "report", "summary", "data")
 
 
 # --- help -----------------------------------------------------------------------------------------
@@ -40,7 +40,8 @@ def test_importing_the_package_loads_no_torch():
 def test_each_command_explains_itself(command):
     done = srppo_command(command, "--help")
     assert done.code == 0
-    assert ("RUN_DIR" if command in ("report", "summary") else "RECIPE") in done.out
+    takes = {"report": "RUN_DIR", "summary": "RUN_DIR", "data": "check"}
+    assert takes.get(command, "RECIPE") in done.out
 
 
 @pytest.mark.parametrize("arguments", [["run"], ["nonsense"], ["run", "--nonsense"], ["summary"]])
@@ -195,8 +196,8 @@ BAD = {
         ["python:srppo.miniature.world:nothing", "cannot be imported", "Write python:"],
     ),
     "no prompts left": (
-        {"data": {"prompts": None, "prompts_skip": 99}},
-        ["prompts_skip=99", "set data.prompts"],
+        {"data": {"prompts": None, "demonstrations_limit": 9999, "overlap": "disjoint"}},
+        ["passed over", "Lower data.demonstrations_limit"],
     ),
     # run directories
     "the directory of another run": (

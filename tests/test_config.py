@@ -145,7 +145,7 @@ def test_an_override_can_hold_an_equals_sign_a_colon_and_a_list(minimal):
     made = load_recipe(
         minimal, ["name=a=b", "data.prompts=openai/gsm8k:main", "eval.temperatures=[0, 0.5]"]
     )
-    assert (made.name, made.data.prompts) == ("a=b", "openai/gsm8k:main")
+    assert (made.name, made.data.prompts[0].source) == ("a=b", "openai/gsm8k:main")
     assert made.eval.temperatures == [0.0, 0.5]
 
 
@@ -219,7 +219,7 @@ def test_controls_that_are_refused(controls, words):
         ({"ppo": {"kl_coef": float("inf")}}, "ppo.kl_coef=inf"),
         ({"ppo": {"kl_coef": float("nan")}}, "ppo.kl_coef=nan"),
         ({"ppo": {"gamma": 1.5}}, "ppo.gamma=1.5: input should be less than or equal to 1"),
-        ({"ppo": {"estimator": "grpo"}}, "input should be 'ppo' or 'rloo'"),
+        ({"ppo": {"estimator": "grpo"}}, "input should be 'ppo', 'rloo' or 'all_action'"),
         ({"eval": {"temperatures": [-1.0]}}, "eval.temperatures.0=-1.0"),
         ({"seed": -1}, "seed=-1"),
         ({"seed": 2**32}, "seed=4294967296: input should be less than 4294967296"),

@@ -16,6 +16,7 @@ from srppo.train.metrics import MetricsLog
 from srppo.train.ppo import train_ppo
 
 VARIANTS = {
+    "all-action": {"estimator": "all_action"},
     "ppo-eos": {"credit": "eos"},
     "ppo-token": {"credit": "token"},
     "rloo": {"estimator": "rloo", "responses_per_prompt": 8},

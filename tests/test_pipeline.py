@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import srppo
 from runs import grow, json_lines, python, srppo_command, timeless, write_recipe
 from srppo.config import load_recipe
+from srppo.data.describe import describe_overlap
 from srppo.errors import ConfigError, DataError, RunDirError
 from srppo.pipeline import Run
 from srppo.progress import Reporter
@@ -66,6 +67,7 @@ def test_the_run_directory_is_complete_and_holds_nothing_half_written(finished):
         "run.json",
         "recipe.yaml",
         "data.json",
+        "data.txt",
         "audit.json",
         "results.json",
         "samples.jsonl",
@@ -203,7 +205,7 @@ def test_the_same_seed_gives_the_same_bytes_in_another_process_and_directory(fin
     again = tmp_path / "run"
     for model in ("sft", "policy", "controls/longer", "controls/rloo"):
         assert weights(again / model) == weights(path / model)
-    for name in ("data.json", "audit.json", "results.json", "samples.jsonl"):
+    for name in ("data.json", "data.txt", "audit.json", "results.json", "samples.jsonl"):
         assert (again / name).read_bytes() == (path / name).read_bytes()
     metrics = sorted(p.relative_to(path) for p in (path / "metrics").rglob("*.jsonl"))
     assert len(metrics) == 6
@@ -376,7 +378,10 @@ def test_prompts_default_to_those_of_the_demonstrations_and_the_overlap_says_so(
     run = start(tmp_path, data={"prompts": None, "prompts_limit": 10})
     trained_on = [e.prompt_ids for e in run.data.train]
     assert [p.ids for p in run.data.prompts] == trained_on[:10]
-    assert run.data.reports["overlap"] == {"exact": 10, "evaluated": 0, "of": 10}
+    overlap = run.data.reports["overlap"]
+    assert (overlap["setting"], overlap["of"], overlap["exact"]) == ("same", 10, 10)
+    assert overlap["evaluated"] == 0
+    assert (tmp_path / "run" / "data.txt").read_text().endswith(describe_overlap(overlap))
 
 
 def test_a_policy_that_ran_away_is_recorded(tmp_path):
@@ -394,9 +399,10 @@ def test_the_context_may_be_filled_to_the_last_position(tmp_path):
         start(tmp_path / "not", data={"max_prompt_tokens": 41, "max_response_tokens": 24})
 
 
-def test_prompts_that_are_all_skipped_are_noticed_before_anything_is_trained(tmp_path):
-    with pytest.raises(DataError, match=r"prompts_skip=16 .* none of the 16 prompts"):
-        start(tmp_path, data={"prompts": None, "prompts_skip": 16})
+def test_prompts_that_are_all_taken_are_noticed_before_anything_is_trained(tmp_path):
+    everything = {"demonstrations_limit": 9999, "overlap": "disjoint"}
+    with pytest.raises(DataError, match=r"passed over.*Lower data.demonstrations_limit"):
+        start(tmp_path, data={"prompts": None, **everything})
     assert not (tmp_path / "run").exists()
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -87,6 +87,49 @@ def summary(run_dirs: RunDirs) -> None:
     from srppo.report.summary import summarise
 
     typer.echo(summarise(run_dirs), nl=False)
+
+
+data = typer.Typer(no_args_is_help=True, help="Look at data before anything is trained.")
+app.add_typer(data, name="data")
+
+
+@data.command("check")
+def data_check(
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="SOURCE",
+            help="Preset, file, directory, glob, hub name owner/name:config@revision, generator; "
+            "or a recipe, for all that its run would read.",
+        ),
+    ],
+    model: Annotated[
+        str | None, typer.Option(help="Its tokenizer and template; none: lengths in bytes.")
+    ] = None,
+    prompts: Annotated[bool, typer.Option("--prompts", help="As prompts of stage 2.")] = False,
+    split: Annotated[str, typer.Option(help="Split of the source.")] = "train",
+    columns: Annotated[
+        list[str],
+        typer.Option("--column-map", metavar="KNOWN=OWN", help="prompt=Question; once for each."),
+    ] = [],  # noqa: B006
+    limit: Annotated[int | None, typer.Option(help="Stop after so many usable rows.")] = None,
+    turns: Annotated[Literal["all", "last"], typer.Option(help="Turns with loss.")] = "all",
+    max_prompt_tokens: Annotated[int, typer.Option(help="As in a recipe, with --model.")] = 1024,
+    max_response_tokens: Annotated[int, typer.Option(help="As in a recipe, with --model.")] = 1024,
+    dropped: Annotated[
+        Path | None, typer.Option(help="Write place and reason of every dropped row here.")
+    ] = None,
+) -> None:
+    """What a run would use of SOURCE, what not and why, and what the model will see."""
+    from srppo.data_check import check
+
+    settings = {
+        "split": split,
+        "assistant_turns": turns,
+        "max_prompt_tokens": max_prompt_tokens,
+        "max_response_tokens": max_response_tokens,
+    }
+    check(source, settings, columns, model=model, prompts=prompts, limit=limit, dropped=dropped)
 
 
 def _start(recipe: str, overrides: list[str] | None) -> Run:

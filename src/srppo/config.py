@@ -12,16 +12,19 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from srppo.config_data import DataConfig
 from srppo.errors import ConfigError
-from srppo.validation import Section, validate
-
-Seed = Annotated[int, Field(ge=0, lt=2**32)]
-Positive = Annotated[int, Field(gt=0)]
-NonNegative = Annotated[int, Field(ge=0)]
-PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
-Schedule = Literal["constant", "linear", "cosine"]
+from srppo.validation import (
+    Fraction,
+    NonNegative,
+    NonNegativeFloat,
+    Positive,
+    PositiveFloat,
+    Schedule,
+    Section,
+    Seed,
+    validate,
+)
 
 
 class LoRAConfig(Section):
@@ -70,33 +73,6 @@ class ModelConfig(Section):
         return self
 
 
-class DataConfig(Section):
-    """Where demonstrations and prompts come from.
-
-    A source is a local .jsonl, .json, .csv or .parquet file, a Hugging Face data set name, or
-    `python:package.module:function`, a generator called with `seed` and `split`.
-    """
-
-    demonstrations: str | None = None
-    """Prompt-response pairs for stage 1."""
-    demonstrations_limit: Positive | None = None
-    """Train on this many of them, drawn by seed; null: all."""
-    held_out: NonNegative = 128
-    """Demonstrations kept out of training for the audit and the held-out NLL."""
-    prompts: str | None = None
-    """Prompts for stage 2; null: those of the demonstrations that stage 1 trains on."""
-    prompts_limit: Positive | None = None
-    """Use this many of them; null: all."""
-    prompts_skip: NonNegative = 0
-    """Skip this many rows first: with the demonstrations' source, makes the two sets disjoint."""
-    split: str = "train"
-    """Split of the sources above."""
-    max_prompt_tokens: Positive = 1024
-    """Longer prompts are dropped, and counted."""
-    max_response_tokens: Positive = 1024
-    """Longer demonstrations are truncated; rollouts and evaluation stop here."""
-
-
 class SFTConfig(Section):
     """Stage 1: minimise -log pi(y|x) over response tokens, EOS included."""
 
@@ -137,9 +113,11 @@ class SFTConfig(Section):
 class PPOConfig(Section):
     """Stage 2: maximise E[r(x,y) - kl_coef KL(pi_theta || pi_ref)] on prompts alone."""
 
-    estimator: Literal["ppo", "rloo"] = "ppo"
+    estimator: Literal["ppo", "rloo", "all_action"] = "ppo"
     """`ppo`: critic and GAE. `rloo`: leave-one-out over responses of one prompt, no critic; the
-    whole response then has one advantage, whatever credit, gamma and gae_lambda say."""
+    whole response then has one advantage, whatever credit, gamma and gae_lambda say. `all_action`:
+    the reward of every token of the vocabulary instead of the sampled one's, no critic; credit,
+    gae_lambda and whiten_advantages have no meaning there."""
     steps: Positive | None = None
     """Updates of the policy; null: one pass over the prompts."""
     rollouts_per_step: Positive = 1024
@@ -204,6 +182,11 @@ class PPOConfig(Section):
             raise ValueError(
                 f"responses_per_prompt={self.responses_per_prompt} with estimator=rloo: leaving "
                 "one of one out leaves no baseline. Set ppo.responses_per_prompt=4."
+            )
+        if self.estimator == "all_action" and self.reward == "mean":
+            raise ValueError(
+                "reward=mean with estimator=all_action: the length that it divides by is not known "
+                "before the response ends, so no single token has a reward. Set ppo.reward=sum."
             )
         left_over = self.rollouts_per_step % self.responses_per_prompt
         if left_over:
@@ -307,6 +290,12 @@ class Recipe(Section):
                 "neither data.prompts nor data.demonstrations is set: stage 2 has no prompts. "
                 "Set data.prompts."
             )
+        if self.model.offload and self.ppo.estimator == "all_action":
+            raise ValueError(
+                "model.offload with ppo.estimator=all_action: the update needs the output heads of "
+                "the frozen models at every chunk, so they would move all the time. Set "
+                "ppo.estimator=ppo, or model.offload=false."
+            )
         for name, control in self.controls.items():
             if name in ("base", "sft", "policy"):
                 raise ValueError(
@@ -389,3 +378,9 @@ def parse_recipe(tree: dict[Any, Any]) -> Recipe:
     """
     recipe: Recipe = validate(Recipe, tree)
     return recipe
+
+
+def parse_data(tree: dict[str, Any]) -> DataConfig:
+    """Check the settings of the section `data` alone; ConfigError as above."""
+    settings: DataConfig = validate(DataConfig, tree, prefix=("data",))
+    return settings

@@ -16,11 +16,13 @@ import transformers
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from srppo.config import PPOConfig, Recipe, SFTConfig
-from srppo.data.chat import apply_template
+from srppo.data.chat import apply_template, closing
+from srppo.data.describe import describe_all, describe_overlap
 from srppo.data.load import fingerprint, read_data
 from srppo.data.prompts import Prompt
 from srppo.errors import ConfigError, RunDirError
-from srppo.eval.evaluate import Evaluator, Row, held_out_nll, load_scorer
+from srppo.eval.evaluate import Evaluator, load_scorer
+from srppo.eval.models import evaluate_models
 from srppo.models.load import (
     check_same_tokens,
     context_length,
@@ -66,6 +68,7 @@ class Run:
         self.dir = RunDir.open(recipe, {"name": recipe.name, **provenance(recipe, source)})
         self._check_same_data()
         self.dir.write_json("data.json", self.data.reports)
+        self.dir.write_text("data.txt", describe_all(self.data.reports))
         self._say_data()
 
     # --- the stages -----------------------------------------------------------------------------
@@ -218,36 +221,16 @@ class Run:
             self.dir.write_json("results.json", {"groups": [], "primary": None, "rows": []})
             return
         evaluator = self._evaluator(self.data.eval_prompts)
-        settings, budget = self.recipe.eval, self.recipe.ppo.max_tokens_per_batch
-        draws = [1 if t == 0 else settings.samples_per_prompt for t in settings.temperatures]
-        total = len(names) * len(self.data.eval_prompts) * sum(draws)
-        rows: list[Row] = []
-        nll: dict[str, float] = {}
-        shown: dict[str, HFSampler] = {}
-        with self.reporter.bar("evaluation", total, "responses") as advance:
-            for name in names:
-                sampler = self._sampler(name, evaluator)
-                for temperature in settings.temperatures:
-                    measured = evaluator.measure(
-                        sampler, temperature, settings.samples_per_prompt, advance
-                    )
-                    decoding = f"T={temperature:g}" if temperature else "greedy"
-                    rows += [{"model": name, "decoding": decoding, **row} for row in measured]
-                if self.data.held_out and len(sampler.models) == 1:
-                    nll[name] = held_out_nll(sampler.models[0], self.data.held_out, budget)
-                if name in ("base", "sft", "policy"):
-                    shown[name] = sampler
-        scores = list(rows[0]["scores"])
-        self.dir.write_json(
-            "results.json",
-            {
-                "groups": evaluator.groups,
-                "primary": scores[0] if scores else None,
-                "held_out_nll": nll or None,
-                "rows": rows,
-            },
+        results, samples = evaluate_models(
+            names,
+            lambda name: self._sampler(name, evaluator),
+            evaluator,
+            self.data.held_out,
+            self.recipe.eval,
+            self.reporter,
         )
-        self.dir.write_jsonl("samples.jsonl", evaluator.side_by_side(shown, settings.side_by_side))
+        self.dir.write_json("results.json", results)
+        self.dir.write_jsonl("samples.jsonl", samples)
 
     def _measurable(self) -> list[str]:
         """Names of the models that there are by now."""
@@ -338,11 +321,17 @@ class Run:
         now_read = fingerprint(self.data)
         if self.dir.record.setdefault("data_sha256", now_read) != now_read:
             raise RunDirError(
-                f"the data of {self.recipe.data.demonstrations or self.recipe.data.prompts!r} is "
-                f"not what {self.dir.path} began with: demonstrations that were held out may have "
-                "been trained on. Restore the data, or set output_dir to a new directory."
+                f"the data of {self._sources()} is not what {self.dir.path} began with: "
+                "demonstrations that were held out may have been trained on. Restore the data, or "
+                "set output_dir to a new directory."
             )
         self.dir.save_record()
+
+    def _sources(self) -> str:
+        names = [
+            self.data.reports.get(role, {}).get("source") for role in ("demonstrations", "prompts")
+        ]
+        return " and ".join(filter(None, names))
 
     def _require_sft(self, stage: str) -> None:
         if not self.recipe.model.sft and not self.dir.is_done("sft"):
@@ -377,12 +366,13 @@ class Run:
                 + (f"; dropped: {dropped}" if dropped else "")
                 + (f"; {report['truncated']} truncated" if report["truncated"] else "")
             )
-        overlap = self.data.reports["overlap"]
         self.reporter.line(
             f"stage 1 trains on {len(self.data.train)} demonstrations, {len(self.data.held_out)} "
-            f"are held out; stage 2 has {overlap['of']} prompts, {overlap['exact']} of them seen "
-            f"in stage 1 and {overlap['evaluated']} among the evaluation prompts"
+            f"are held out; stage 2 has {len(self.data.prompts)} prompts"
         )
+        self.reporter.line(describe_overlap(self.data.reports["overlap"]).strip())
+        if note := closing(self.tokenizer):
+            self.reporter.line(f"note: {note}")
 
     def _say_audit(self, findings: dict[str, Any]) -> None:
         curve, reward = findings["curve"], findings["reward"]

@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import difflib
-from typing import Any, get_args
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from srppo.errors import ConfigError
+
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+Positive = Annotated[int, Field(gt=0)]
+NonNegative = Annotated[int, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Schedule = Literal["constant", "linear", "cosine"]
 
 
 class Section(BaseModel):
@@ -51,14 +59,16 @@ def _explain(kind: type[Section], error: Any, prefix: tuple[str, ...]) -> str:
 
 
 def _known_keys(kind: type[Section], path: tuple[Any, ...]) -> list[str]:
-    """Settings of the section at `path`; a part that is no setting is a name, as of a control."""
+    """Settings of the section at `path`; a part that is no setting is a name, as of a control, or
+    a place in a list."""
     for part in path:
         if str(part) in kind.model_fields:
-            annotation = kind.model_fields[str(part)].annotation
-            inner = [a for a in (annotation, *get_args(annotation)) if _is_section(a)]
-            kind = inner[0] if inner else kind
+            kind = _section_in(kind.model_fields[str(part)].annotation) or kind
     return list(kind.model_fields)
 
 
-def _is_section(annotation: Any) -> bool:
-    return isinstance(annotation, type) and issubclass(annotation, Section)
+def _section_in(annotation: Any) -> type[Section] | None:
+    """The section in `Section`, `list[Section]` or `dict[str, Section] | None`."""
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return annotation
+    return next(filter(None, map(_section_in, get_args(annotation))), None)

@@ -1,12 +1,12 @@
 import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from srppo.data.demonstrations import load_demonstrations
-from srppo.data.prompts import load_prompts
+from loading import demonstrations, prompts
 from srppo.errors import DataError, ModelError
 
 Write = Callable[[list[Any]], str]
@@ -42,7 +42,7 @@ EDGE_CASES = {  # name: (row, fate as a demonstration, fate as a prompt), each r
 
 
 def fate(load: Callable[..., Any], source: str, tokenizer: PreTrainedTokenizerFast) -> str:
-    more = {"max_response_tokens": 100} if load is load_demonstrations else {}
+    more = {"max_response_tokens": 100} if load is demonstrations else {}
     try:
         _, report = load(source, tokenizer, **LIMITS, **more)
     except DataError as error:
@@ -56,13 +56,13 @@ def test_each_edge_case_ends_as_documented(
 ):
     text, demonstration, prompt = EDGE_CASES[name]
     source = write([row(text)])
-    assert fate(load_demonstrations, source, tokenizer) == demonstration
-    assert fate(load_prompts, source, tokenizer) == prompt
+    assert fate(demonstrations, source, tokenizer) == demonstration
+    assert fate(prompts, source, tokenizer) == prompt
 
 
 def test_edge_cases_together(tokenizer: PreTrainedTokenizerFast, write: Write):
     texts = [text for text, *_ in EDGE_CASES.values()] + [EDGE_CASES["duplicate"][0]]
-    examples, report = load_demonstrations(
+    examples, report = demonstrations(
         write([row(text) for text in texts]), tokenizer, **LIMITS, max_response_tokens=100
     )
     assert len(examples) == report.used == 9
@@ -81,21 +81,60 @@ def test_edge_cases_together(tokenizer: PreTrainedTokenizerFast, write: Write):
 
 def test_response_is_the_last_answered_turn(tokenizer: PreTrainedTokenizerFast, write: Write):
     source = write([row(EDGE_CASES["ends_with_user"][0])])
-    [example], _ = load_demonstrations(source, tokenizer, **LIMITS, max_response_tokens=9)
-    [prompt], _ = load_prompts(source, tokenizer, **LIMITS)
+    [example], _ = demonstrations(source, tokenizer, **LIMITS, max_response_tokens=9)
+    [prompt], _ = prompts(source, tokenizer, **LIMITS)
     assert tokenizer.decode(example.response_ids, skip_special_tokens=True).strip() == "b"
     assert example.prompt_ids == prompt.ids[: len(example.prompt_ids)]
     source = write([row("user: a / assistant: b / user: c / assistant: d")])
-    [whole], _ = load_demonstrations(source, tokenizer, **LIMITS, max_response_tokens=9)
+    [whole], _ = demonstrations(source, tokenizer, **LIMITS, max_response_tokens=9, turns="last")
     assert prompt.ids == whole.prompt_ids
+
+
+TALK = "system: s / user: a / assistant: b / user: c / assistant: d / user: e / assistant: f"
+
+
+def test_each_assistant_turn_is_a_demonstration_and_the_last_stands_last(
+    tokenizer: PreTrainedTokenizerFast, write: Write
+):
+    source = write([row(TALK)])
+    limits = LIMITS | {"max_response_tokens": 9}
+    examples, report = demonstrations(source, tokenizer, **limits)
+    assert (report.used, report.examples) == (1, 3)
+    assert [e.final for e in examples] == [False, False, True]
+    answers = [tokenizer.decode(e.response_ids, skip_special_tokens=True) for e in examples]
+    assert [a.strip() for a in answers] == ["b", "d", "f"]
+    assert [e.user for e in examples] == ["a", "a\nc", "a\nc\ne"]
+    last, _ = demonstrations(source, tokenizer, **limits, turns="last")
+    assert [(e.prompt_ids, e.response_ids) for e in last] == [
+        (examples[-1].prompt_ids, examples[-1].response_ids)
+    ]
+
+
+def test_turns_that_do_not_fit_are_left_out_and_counted(
+    plain_tokenizer: PreTrainedTokenizerFast, write: Write
+):
+    talk = row("user: a / assistant: b / user: long / assistant: d / user: e / assistant: empty")
+    limits = LIMITS | {"max_response_tokens": 9, "max_prompt_tokens": 200}
+    [example], report = demonstrations(write([talk]), plain_tokenizer, **limits)
+    assert plain_tokenizer.decode(example.response_ids) == "b</s>"
+    assert example.final
+    assert report.used == 1
+    assert report.turns_dropped == {"empty response": 1, "prompt longer than 200 tokens": 1}
+
+
+def test_the_limit_counts_conversations(plain_tokenizer: PreTrainedTokenizerFast, write: Write):
+    talks = [row(TALK.replace("user: a", f"user: a{i}")) for i in range(4)]
+    limits = LIMITS | {"max_response_tokens": 9, "limit": 2}
+    examples, report = demonstrations(write(talks), plain_tokenizer, **limits)
+    assert (len(examples), report.used, report.not_needed) == (6, 2, 2)
 
 
 def test_truncated_response_has_no_eos(plain_tokenizer: PreTrainedTokenizerFast, write: Write):
     source = write([{"prompt": "q", "response": "xyzxyz"}])
-    [whole], _ = load_demonstrations(source, plain_tokenizer, **LIMITS, max_response_tokens=7)
+    [whole], _ = demonstrations(source, plain_tokenizer, **LIMITS, max_response_tokens=7)
     assert len(whole.response_ids) == 7
     assert whole.response_ids[-1] == plain_tokenizer.eos_token_id
-    [cut], report = load_demonstrations(source, plain_tokenizer, **LIMITS, max_response_tokens=6)
+    [cut], report = demonstrations(source, plain_tokenizer, **LIMITS, max_response_tokens=6)
     assert cut.response_ids == whole.response_ids[:6]
     assert plain_tokenizer.eos_token_id not in cut.response_ids
     assert report.truncated == 1
@@ -111,9 +150,7 @@ def test_subsets_are_random_repeatable_and_nested(
 
     def groups(limit: int | None, seed: int) -> list[Any]:
         limits = LIMITS | {"limit": limit, "seed": seed}
-        examples, report = load_demonstrations(
-            source, plain_tokenizer, **limits, max_response_tokens=50
-        )
+        examples, report = demonstrations(source, plain_tokenizer, **limits, max_response_tokens=50)
         assert report.not_needed == 30 - len(examples)
         return [example.meta["group"] for example in examples]
 
@@ -127,36 +164,41 @@ def test_subsets_are_random_repeatable_and_nested(
 def test_report_counts_every_row_once(plain_tokenizer: PreTrainedTokenizerFast, write: Write):
     source = write([*ROWS, "no object", {"prompt": "q", "response": ""}, ROWS[0], {"x": 1}])
     limits = LIMITS | {"limit": 20}
-    examples, report = load_demonstrations(
-        source, plain_tokenizer, **limits, max_response_tokens=50
-    )
+    examples, report = demonstrations(source, plain_tokenizer, **limits, max_response_tokens=50)
     data = json.loads(json.dumps(report.to_json()))
     assert data["rows"] == 34
     assert data["used"] + data["not_needed"] + sum(data["dropped"].values()) == 34
     assert data["dropped_rows"]["not an object"] == [31]
     lengths = sorted(len(example.response_ids) for example in examples)
+    bars = data["response_tokens"].pop("bars")
     assert data["response_tokens"] == {
         "min": lengths[0],
         "median": (lengths[9] + lengths[10]) / 2,
         "mean": sum(lengths) / 20,
         "max": lengths[-1],
     }
+    assert [sum(a <= n <= b for n in lengths) for a, b, _ in bars] == [n for *_, n in bars]
+    assert sum(n for *_, n in bars) == 20
 
 
-def test_only_five_row_numbers_are_kept_per_reason(
+def test_a_hundred_row_numbers_are_written_per_reason_and_all_are_known(
     plain_tokenizer: PreTrainedTokenizerFast, write: Write
 ):
-    source = write([{"prompt": "q", "response": None}] * 8 + ROWS)
-    _, report = load_demonstrations(source, plain_tokenizer, **LIMITS, max_response_tokens=50)
-    assert report.dropped == {"empty response": 8}
-    assert len(set(report.dropped_rows["empty response"]) & set(range(1, 9))) == 5
+    source = write([{"prompt": "q", "response": None}] * 130 + ROWS)
+    _, report = demonstrations(source, plain_tokenizer, **LIMITS, max_response_tokens=50)
+    assert report.dropped == {"empty response": 130}
+    assert sorted(report.dropped_rows["empty response"]) == list(range(1, 131))
+    assert report.to_json()["dropped_rows"]["empty response"] == list(range(1, 101))
 
 
 @pytest.mark.parametrize(
     ("rows", "words"),
     [
         ([], ["holds no rows"]),
-        ([{"q": 1, "Text": 2}], ["columns not understood (rows 1)", "found: Text, q.", "Rename"]),
+        (
+            [{"q": 1, "Text": 2}],
+            ["columns not understood (rows 1)", "found: Text, q.", "Say which"],
+        ),
         ([{"prompt": "q"}], ["1 x no assistant turn", "Columns found: prompt.", "prompt/response"]),
         ([{"prompt": "q" * 3000, "response": "r"}], ["longer than 2000", "max_prompt_tokens"]),
         (["x", {"prompt": "q", "response": ""}], ["none of its 2 rows", "1 x not an object"]),
@@ -167,7 +209,7 @@ def test_nothing_left_names_source_counts_and_cure(
 ):
     source = write(rows)
     with pytest.raises(DataError) as caught:
-        load_demonstrations(source, plain_tokenizer, **LIMITS, max_response_tokens=50)
+        demonstrations(source, plain_tokenizer, **LIMITS, max_response_tokens=50)
     for word in [source, *words]:
         assert word in str(caught.value)
 
@@ -176,7 +218,7 @@ def test_limits_below_one_are_refused(plain_tokenizer: PreTrainedTokenizerFast, 
     for name in ("limit", "max_prompt_tokens", "max_response_tokens"):
         limits = LIMITS | {"max_response_tokens": 50} | {name: 0}
         with pytest.raises(DataError, match=f"{name}=0 leaves no rows"):
-            load_demonstrations(write(ROWS), plain_tokenizer, **limits)
+            demonstrations(write(ROWS), plain_tokenizer, **limits)
 
 
 def test_tokenizer_without_eos(
@@ -185,7 +227,7 @@ def test_tokenizer_without_eos(
     tokenizer = make_tokenizer("byte_level")
     tokenizer.eos_token = None
     with pytest.raises(ModelError, match=r"no EOS token.*Set tokenizer\.eos_token"):
-        load_demonstrations(write(ROWS), tokenizer, **LIMITS, max_response_tokens=50)
+        demonstrations(write(ROWS), tokenizer, **LIMITS, max_response_tokens=50)
 
 
 def test_template_is_given_and_refusals_are_counted(
@@ -193,8 +235,30 @@ def test_template_is_given_and_refusals_are_counted(
 ):
     source = write([row(EDGE_CASES[name][0]) for name in ("two_users_in_a_row", "duplicate")])
     bare, strict = make_tokenizer("byte_level"), make_tokenizer("byte_level")
-    _, report = load_demonstrations(source, bare, **LIMITS, max_response_tokens=50)
+    _, report = demonstrations(source, bare, **LIMITS, max_response_tokens=50)
     assert (report.used, bare.chat_template is None) == (2, False)
     strict.chat_template = strict_template
-    _, report = load_demonstrations(source, strict, **LIMITS, max_response_tokens=50)
+    _, report = demonstrations(source, strict, **LIMITS, max_response_tokens=50)
     assert report.dropped == {"refused by the chat template (roles must alternate)": 1}
+
+
+@pytest.mark.parametrize(
+    "template",
+    ["{% for m in messages %}", "{{ messages[0].content + 1 }}", "{{ raise_exception('no') }}"],
+)
+def test_a_template_that_fails_on_every_row_is_named_with_its_cure(
+    make_tokenizer: Callable[[str], PreTrainedTokenizerFast], write: Write, template: str
+):
+    tokenizer = make_tokenizer("byte_level")
+    tokenizer.chat_template = template
+    with pytest.raises(DataError, match=r"30 x refused by the chat template \(.*Give the tokeni"):
+        demonstrations(write(ROWS), tokenizer, **LIMITS, max_response_tokens=50)
+
+
+def test_a_file_in_another_encoding_is_named_with_its_cure(
+    plain_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(ROWS[0], ensure_ascii=False) + "\n", encoding="utf-16")
+    with pytest.raises(DataError, match=r"not UTF-8 \(rows 1.*Save the file as UTF-8"):
+        demonstrations(str(path), plain_tokenizer, **LIMITS, max_response_tokens=50)

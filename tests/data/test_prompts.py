@@ -9,8 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
-from srppo.data.demonstrations import load_demonstrations
-from srppo.data.prompts import load_prompts
+from loading import demonstrations, prompts
 from srppo.errors import DataError
 
 Write = Callable[[list[Any]], str]
@@ -31,16 +30,16 @@ def test_prompts_equal_the_prompts_of_demonstrations(
     tokenizer: PreTrainedTokenizerFast, write: Write
 ):
     source = write(ROWS)
-    examples, _ = load_demonstrations(source, tokenizer, **LIMITS, max_response_tokens=9)
-    prompts, report = load_prompts(source, tokenizer, **LIMITS)
-    assert [prompt.ids for prompt in prompts] == [example.prompt_ids for example in examples]
-    assert prompts[0].meta == examples[0].meta | {"response": f"r{examples[0].meta['group']}"}
+    examples, _ = demonstrations(source, tokenizer, **LIMITS, max_response_tokens=9)
+    found, report = prompts(source, tokenizer, **LIMITS)
+    assert [prompt.ids for prompt in found] == [example.prompt_ids for example in examples]
+    assert found[0].meta == examples[0].meta | {"response": f"r{examples[0].meta['group']}"}
     assert report.response_tokens == {}
-    assert report.prompt_tokens["max"] == max(len(prompt.ids) for prompt in prompts)
+    assert report.prompt_tokens["max"] == max(len(prompt.ids) for prompt in found)
 
 
 def test_text_is_what_the_ids_spell(tokenizer: PreTrainedTokenizerFast, write: Write):
-    [prompt], _ = load_prompts(write([{"prompt": "hello 12?"}]), tokenizer, **LIMITS)
+    [prompt], _ = prompts(write([{"prompt": "hello 12?"}]), tokenizer, **LIMITS)
     assert tokenizer.decode(prompt.ids) == prompt.text
     assert "hello 12?" in prompt.text
 
@@ -52,33 +51,45 @@ def test_skip_continues_where_demonstrations_end(
     rows = [r for row in ROWS for r in (row, {"prompt": f"only {row['group']}", "response": ""})]
     source = write(rows)
     limits = LIMITS | {"limit": 15}
-    examples, before = load_demonstrations(source, plain_tokenizer, **limits, max_response_tokens=9)
-    prompts, report = load_prompts(source, plain_tokenizer, **limits, skip=15)
-    assert len(examples) == len(prompts) == 15
+    examples, before = demonstrations(source, plain_tokenizer, **limits, max_response_tokens=9)
+    found, report = prompts(source, plain_tokenizer, **limits, skip=before.looked_at)
+    assert len(examples) == len(found) == 15
     assert report.skipped == before.used + sum(before.dropped.values())
     assert report.rows == report.used + report.skipped + report.not_needed
     spent = {tuple(example.prompt_ids) for example in examples}
-    assert not spent & {tuple(prompt.ids) for prompt in prompts}
+    assert not spent & {tuple(prompt.ids) for prompt in found}
+    everything, _ = prompts(source, plain_tokenizer, **LIMITS)
+    behind, _ = prompts(source, plain_tokenizer, **LIMITS, skip=before.looked_at)
+    assert behind == everything[before.looked_at :]
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.lists(ROW, max_size=14), st.integers(1, 5), st.integers(0, 3))
+@given(
+    st.lists(ROW | st.just("no row"), max_size=14),
+    st.integers(1, 5),
+    st.integers(0, 3),
+    st.sampled_from(["all", "last"]),
+)
 def test_demonstrations_and_prompts_are_disjoint_whatever_the_rows(
-    plain_tokenizer: PreTrainedTokenizerFast, rows: list[Any], count: int, seed: int
+    plain_tokenizer: PreTrainedTokenizerFast, rows: list[Any], count: int, seed: int, turns: str
 ):
     limits = LIMITS | {"seed": seed}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "rows.jsonl"
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
         try:
-            examples, _ = load_demonstrations(
-                str(path), plain_tokenizer, **limits | {"limit": count}, max_response_tokens=9
+            examples, before = demonstrations(
+                str(path),
+                plain_tokenizer,
+                **limits | {"limit": count},
+                max_response_tokens=9,
+                turns=turns,
             )
-            prompts, report = load_prompts(str(path), plain_tokenizer, **limits, skip=count)
+            found, report = prompts(str(path), plain_tokenizer, **limits, skip=before.looked_at)
         except DataError:
             return
     spent = {tuple(example.prompt_ids) for example in examples}
-    assert not spent & {tuple(prompt.ids) for prompt in prompts}
+    assert not spent & {tuple(prompt.ids) for prompt in found}
     assert report.rows == report.used + report.skipped + sum(report.dropped.values())
 
 
@@ -88,23 +99,14 @@ def test_a_prompt_of_a_skipped_row_does_not_come_back(
     """One question, many answers: each is a demonstration of its own, but one prompt."""
     rows = [{"prompt": "same", "response": f"r{i}"} for i in range(6)]
     source = write([*rows, {"prompt": "other", "response": "r"}])
-    prompts, report = load_prompts(source, plain_tokenizer, **LIMITS)
-    assert (len(prompts), report.dropped) == (2, {"duplicate": 5})
-    prompts, report = load_prompts(source, plain_tokenizer, **LIMITS | {"seed": 0}, skip=2)
-    assert [prompt.text.count("same") for prompt in prompts] == [0]
-
-
-def test_skip_counts_prompts_where_no_row_has_a_response(
-    plain_tokenizer: PreTrainedTokenizerFast, write: Write
-):
-    source = write([{"prompt": row["prompt"]} for row in ROWS])
-    everything, _ = load_prompts(source, plain_tokenizer, **LIMITS)
-    rest, _ = load_prompts(source, plain_tokenizer, **LIMITS, skip=12)
-    assert rest == everything[12:]
+    found, report = prompts(source, plain_tokenizer, **LIMITS)
+    assert (len(found), report.dropped) == (2, {"duplicate": 5})
+    found, report = prompts(source, plain_tokenizer, **LIMITS | {"seed": 0}, skip=2)
+    assert [prompt.text.count("same") for prompt in found] == [0]
 
 
 def test_skip_of_all_rows_names_the_cure(plain_tokenizer: PreTrainedTokenizerFast, write: Write):
-    with pytest.raises(DataError, match=r"40 x passed over by skip.*Lower skip"):
-        load_prompts(write(ROWS), plain_tokenizer, **LIMITS, skip=40)
+    with pytest.raises(DataError, match=r"40 x passed over.*Lower data.demonstrations_limit"):
+        prompts(write(ROWS), plain_tokenizer, **LIMITS, skip=40)
     with pytest.raises(DataError, match="skip=-1"):
-        load_prompts(write(ROWS), plain_tokenizer, **LIMITS, skip=-1)
+        prompts(write(ROWS), plain_tokenizer, **LIMITS, skip=-1)

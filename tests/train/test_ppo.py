@@ -155,7 +155,7 @@ def test_rloo_compares_responses_to_the_same_prompt(rollout):
     """Two responses: each advantage is the difference of the two returns, at every token."""
     config = PPOConfig(estimator="rloo", responses_per_prompt=2, whiten_advantages=False)
     rewards = torch.tensor([[1.0, 2.0, 0.0], [0.0, 1.0, 6.0]])
-    advantages, _ = advantages_of(rewards, torch.zeros(2, 3), rollout, config)
+    advantages, _ = advantages_of(rewards, torch.zeros(2, 3), SCORES, rollout, config)
     assert advantages.tolist() == [[-4.0, -4.0, 0.0], [4.0, 4.0, 4.0]]
 
 
@@ -163,7 +163,7 @@ def test_ppo_with_lambda_1_is_the_return_to_go_minus_the_value(rollout):
     config = PPOConfig(whiten_advantages=False, gae_lambda=1.0)
     rewards = torch.tensor([[1.0, 2.0, 0.0], [0.0, 1.0, 6.0]])
     values = torch.tensor([[0.5, 1.0, 0.0], [2.0, 2.0, 2.0]])
-    advantages, returns = advantages_of(rewards, values, rollout, config)
+    advantages, returns = advantages_of(rewards, values, SCORES, rollout, config)
     torch.testing.assert_close(returns, torch.tensor([[3.0, 2.0, 0.0], [7.0, 7.0, 6.0]]))
     torch.testing.assert_close(advantages, torch.where(rollout.sequences.mask, returns - values, 0))
 
@@ -172,7 +172,7 @@ def test_ppo_with_lambda_1_is_the_return_to_go_minus_the_value(rollout):
 def test_whitening_is_over_all_tokens_of_the_rollout(rollout, estimator):
     config = PPOConfig(estimator=estimator, responses_per_prompt=2)
     rewards = torch.tensor([[1.0, 2.0, 0.0], [0.0, 1.0, 6.0]])
-    advantages, _ = advantages_of(rewards, torch.zeros(2, 3), rollout, config)
+    advantages, _ = advantages_of(rewards, torch.zeros(2, 3), SCORES, rollout, config)
     tokens = advantages[rollout.sequences.mask]
     assert float(tokens.mean()) == pytest.approx(0.0, abs=1e-6)
     assert float(tokens.std(correction=0)) == pytest.approx(1.0, abs=1e-5)

@@ -15,6 +15,7 @@ row is refused. Not guaranteed:
 import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import jinja2
 
@@ -34,6 +35,8 @@ DEFAULT_TEMPLATE = (
 )
 """TULU's format: a marker line with the role, then the content; EOS closes each assistant turn."""
 
+_TEMPLATE_ERRORS = (jinja2.TemplateError, TypeError, ValueError)
+
 
 @dataclass(frozen=True)
 class Example:
@@ -44,6 +47,10 @@ class Example:
     """Ends with EOS, its only one; a truncated response has none, for the model did not end."""
     meta: dict[str, str | int | float | bool] = field(default_factory=dict)
     """The row's other scalar columns: group, answer, ..."""
+    final: bool = True
+    """The last demonstration of its conversation; those before it come first in the list."""
+    user: str = ""
+    """What users say in the prompt: what overlap is measured on."""
 
 
 def apply_template(tokenizer: "PreTrainedTokenizerBase") -> None:
@@ -56,6 +63,32 @@ def apply_template(tokenizer: "PreTrainedTokenizerBase") -> None:
     bos = tokenizer.bos_token_id
     adds_bos = bos is not None and tokenizer("a")["input_ids"][:1] == [bos]
     tokenizer.chat_template = ("{{ bos_token }}" if adds_bos else "") + DEFAULT_TEMPLATE
+
+
+def is_default_template(tokenizer: "PreTrainedTokenizerBase") -> bool:
+    """Whether the tokenizer's template is the one that `apply_template` gives."""
+    return str(tokenizer.chat_template).endswith(DEFAULT_TEMPLATE)
+
+
+def closing(tokenizer: "PreTrainedTokenizerBase") -> str:
+    """A note where the template closes assistant turns otherwise than a response ends; or "".
+
+    Such a model reads one end in earlier turns and learns another: mostly a base model with the
+    template of its chat sibling.
+    """
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "answer"}]
+    try:
+        text = str(tokenizer.apply_chat_template(turns, tokenize=False))
+    except _TEMPLATE_ERRORS:
+        return ""  # each row is refused with its reason
+    end = text.rpartition("answer")[2]
+    if end.strip().startswith(str(tokenizer.eos_token)):
+        return ""
+    return (
+        f"the chat template closes an assistant turn with {end!r}, and responses end with the "
+        f"tokenizer's EOS {tokenizer.eos_token!r}. If the model should end its turns as the "
+        "template does, set tokenizer.eos_token to that token."
+    )
 
 
 def prompt_text(tokenizer: "PreTrainedTokenizerBase", messages: list[Message]) -> str:
@@ -74,7 +107,7 @@ def prompt_text(tokenizer: "PreTrainedTokenizerBase", messages: list[Message]) -
         return str(
             tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         )
-    except jinja2.TemplateError as error:
+    except _TEMPLATE_ERRORS as error:
         raise RowError(f"refused by the chat template ({error})") from error
 
 
@@ -123,23 +156,22 @@ def _encode(
     Control strings within the text are swapped for characters that occur nowhere, the template is
     filled in, and what lies between the control tokens of the template is encoded as plain text.
     """
-    control = _control_tokens(tokenizer)
-    pattern = "|".join(re.escape(c) for c in sorted(control, key=len, reverse=True)) or r"(?!)"
+    control = _control(tokenizer)
     texts = [*(message["content"] for message in messages), response]
-    found = sorted({string for text in texts for string in re.findall(pattern, text)})
+    found = sorted({string for text in texts for string in control.pattern.findall(text)})
     if not found:
         return _ids(tokenizer, prompt_text(tokenizer, messages) + response)
 
     stand_ins = dict(zip(found, _unused_characters("".join(texts), len(found)), strict=True))
 
     def hide(text: str) -> str:
-        return re.sub(pattern, lambda match: stand_ins[match[0]], text)
+        return control.pattern.sub(lambda match: stand_ins[match[0]], text)
 
     hidden = [message | {"content": hide(message["content"])} for message in messages]
     ids: list[int] = []
-    for piece in re.split(f"({pattern})", prompt_text(tokenizer, hidden) + hide(response)):
-        if piece in control:
-            ids.append(control[piece])
+    for piece in control.pattern.split(prompt_text(tokenizer, hidden) + hide(response)):
+        if piece in control.ids:
+            ids.append(control.ids[piece])
             continue
         for string, stand_in in stand_ins.items():
             piece = piece.replace(stand_in, string)
@@ -166,16 +198,42 @@ def _ids(tokenizer: "PreTrainedTokenizerBase", text: str, **options: Any) -> lis
     return list(tokenizer(text, add_special_tokens=False, verbose=False, **options)["input_ids"])
 
 
-def _control_tokens(tokenizer: "PreTrainedTokenizerBase") -> dict[str, int]:
-    """Id of each special token, by its string."""
-    added = {t.content: i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
-    return added | dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
+@dataclass(frozen=True)
+class _Control:
+    """A tokenizer's special tokens."""
+
+    ids: dict[str, int]
+    """Id of each, by its string."""
+    pattern: re.Pattern[str]
+    """Finds any of them, the longest first, as one group."""
+    forbidden: frozenset[int]
+    """What plain text must not become: all but unk; unk, too, where it is EOS."""
+
+
+_controls: WeakKeyDictionary[Any, tuple[Any, _Control]] = WeakKeyDictionary()
+
+
+def _control(tokenizer: "PreTrainedTokenizerBase") -> _Control:
+    """Worked out once for each tokenizer and set of special tokens: some have hundreds."""
+    state = (len(tokenizer), tuple(tokenizer.all_special_ids))
+    known = _controls.get(tokenizer)
+    if known is None or known[0] != state:
+        known = _controls[tokenizer] = (state, _find_control(tokenizer))
+    return known[1]
+
+
+def _find_control(tokenizer: "PreTrainedTokenizerBase") -> _Control:
+    ids = {t.content: i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
+    ids |= dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
+    strings = "|".join(re.escape(string) for string in sorted(ids, key=len, reverse=True))
+    allowed = {tokenizer.unk_token_id} - {tokenizer.eos_token_id}
+    forbidden = frozenset(ids.values()) - allowed
+    return _Control(ids, re.compile(f"({strings or '(?!)'})"), forbidden)
 
 
 def _require_no_control(tokenizer: "PreTrainedTokenizerBase", ids: list[int]) -> None:
-    """RowError where plain text became a control token; unk counts as one only if it is EOS."""
-    allowed = {tokenizer.unk_token_id} - {tokenizer.eos_token_id}
-    if (set(_control_tokens(tokenizer).values()) - allowed) & set(ids):
+    """RowError where plain text became a control token."""
+    if not _control(tokenizer).forbidden.isdisjoint(ids):
         raise RowError("text that the tokenizer can only spell with control tokens")
 
 

@@ -4,23 +4,31 @@ from __future__ import annotations
 
 import hashlib
 import json
+from array import array
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from srppo.config import Recipe
+from srppo.config_data import SourceConfig
 from srppo.data.chat import Example
-from srppo.data.demonstrations import load_demonstrations
+from srppo.data.demonstrations import Report, load_demonstrations
+from srppo.data.mixture import Source
+from srppo.data.overlap import shared
 from srppo.data.prompts import Prompt, load_prompts
-from srppo.errors import DataError
+from srppo.data.sources import open_source
+from srppo.data.store import Picked
 
 
 @dataclass(frozen=True)
 class Data:
     """Everything that is read before training."""
 
-    train: list[Example]
+    train: Sequence[Example]
+    """Lies on disk; the turns of a conversation stand together."""
     held_out: list[Example]
     prompts: list[Prompt]
     eval_prompts: list[Prompt]
@@ -29,85 +37,150 @@ class Data:
 
 
 def read_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Data:
-    """Demonstrations, prompts and evaluation rows, with the counts of what was dropped."""
-    settings, seed = recipe.data, recipe.seed
+    """Demonstrations, prompts and evaluation rows, with the counts of what was dropped.
+
+    Raises:
+        DataError: a source cannot be read, or nothing of it can be used.
+    """
+    settings = recipe.data
     reports: dict[str, Any] = {}
-    train: list[Example] = []
+    train: Sequence[Example] = []
     held_out: list[Example] = []
+    asked: Source | None = None
+    skip = 0
     if settings.demonstrations:
-        limit = settings.demonstrations_limit
-        examples, report = load_demonstrations(
-            settings.demonstrations,
-            tokenizer,
-            max_prompt_tokens=settings.max_prompt_tokens,
-            max_response_tokens=settings.max_response_tokens,
-            limit=limit and limit + settings.held_out,
-            seed=seed,
-            split=settings.split,
-        )
-        n = len(examples)
-        kept_out = min(settings.held_out, max(n - (limit or n), n // 10))
-        train = examples[: n - kept_out][:limit]
-        trained = {tuple(e.prompt_ids) for e in train}
-        # One prompt can have several demonstrations; those of a trained prompt are not held out.
-        held_out = [e for e in examples[n - kept_out :] if tuple(e.prompt_ids) not in trained]
+        source = _open(recipe, settings.demonstrations)
+        train, held_out, report = _demonstrations(recipe, tokenizer, source)
         reports["demonstrations"] = report.to_json()
+        if settings.overlap == "disjoint":
+            asked, skip = source, report.looked_at
     if settings.prompts:
-        prompts, report = load_prompts(
-            settings.prompts,
+        asked = _open(recipe, settings.prompts)
+    if asked:
+        prompts, found = load_prompts(
+            asked,
             tokenizer,
             max_prompt_tokens=settings.max_prompt_tokens,
             limit=settings.prompts_limit,
-            seed=seed,
-            split=settings.split,
-            skip=settings.prompts_skip,
+            seed=recipe.seed,
+            skip=skip,
         )
-        reports["prompts"] = report.to_json()
+        reports["prompts"] = found.to_json()
     else:
-        prompts = _prompts_of(train, tokenizer)[settings.prompts_skip :][: settings.prompts_limit]
-    if not prompts:
-        raise DataError(
-            f"data.prompts_skip={settings.prompts_skip} leaves none of the {len(train)} prompts of "
-            "the demonstrations for stage 2. Set it to 0, or set data.prompts."
-        )
+        prompts = _prompts_of(train, tokenizer, settings.prompts_limit)
     eval_prompts = _prompts_of(held_out, tokenizer)
     curve_prompts = eval_prompts[: recipe.eval.every_limit]
     if recipe.eval.prompts:
-        splits = {"eval": (recipe.eval.split, recipe.eval.limit)}
-        if recipe.eval.every:
-            splits["curve"] = (recipe.eval.every_split, recipe.eval.every_limit)
-        loaded = {}
-        for role, (split, limit) in splits.items():
-            loaded[role], report = load_prompts(
-                recipe.eval.prompts,
-                tokenizer,
-                max_prompt_tokens=settings.max_prompt_tokens,
-                limit=limit,
-                seed=0,  # the same rows whatever the run's seed
-                split=split,
-            )
-            reports[role] = report.to_json()
-        eval_prompts, curve_prompts = loaded["eval"], loaded.get("curve", [])
+        eval_prompts, curve_prompts = _evaluation(recipe, tokenizer, reports)
     else:
         eval_prompts = eval_prompts[: recipe.eval.limit]
-    seen = {tuple(e.prompt_ids) for e in train}
-    evaluated = {tuple(p.ids) for p in eval_prompts}
-    reports["overlap"] = {
-        "exact": sum(tuple(p.ids) in seen for p in prompts),
-        "evaluated": sum(tuple(p.ids) in evaluated for p in prompts),
-        "of": len(prompts),
-    }
+    reports["overlap"] = {"setting": settings.stage_2_prompts} | _overlap(
+        train, prompts, eval_prompts
+    )
     return Data(train, held_out, prompts, eval_prompts, curve_prompts, reports)
 
 
 def fingerprint(data: Data) -> str:
     """sha256 of all token ids that a run trains on or holds out."""
-    ids = [
-        [(e.prompt_ids, e.response_ids) for e in (*data.train, *data.held_out)],
-        [p.ids for p in data.prompts],
-    ]
-    return hashlib.sha256(json.dumps(ids).encode()).hexdigest()
+    digest = hashlib.sha256()
+    for examples in (data.train, data.held_out):
+        for e in examples:
+            digest.update(json.dumps([e.prompt_ids, e.response_ids]).encode())
+        digest.update(b"|")
+    for prompt in data.prompts:
+        digest.update(json.dumps(prompt.ids).encode())
+    return digest.hexdigest()
 
 
-def _prompts_of(examples: list[Example], tokenizer: PreTrainedTokenizerBase) -> list[Prompt]:
-    return [Prompt(e.prompt_ids, tokenizer.decode(e.prompt_ids), e.meta) for e in examples]
+def _open(recipe: Recipe, sources: list[SourceConfig]) -> Source:
+    data = recipe.data
+    return open_source(sources, seed=recipe.seed, split=data.split, columns=data.columns)
+
+
+def _demonstrations(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, source: Source
+) -> tuple[Sequence[Example], list[Example], Report]:
+    """What is trained on and what is held out, by whole conversations."""
+    settings = recipe.data
+    limit = settings.demonstrations_limit
+    examples, report = load_demonstrations(
+        source,
+        tokenizer,
+        max_prompt_tokens=settings.max_prompt_tokens,
+        max_response_tokens=settings.max_response_tokens,
+        limit=limit and limit + settings.held_out,
+        seed=recipe.seed,
+        turns=settings.assistant_turns,
+    )
+    n = report.used
+    kept_out = min(settings.held_out, max(n - (limit or n), n // 10))
+    trained = n - kept_out if limit is None else min(limit, n - kept_out)
+    ends = [0] + [i + 1 for i, example in enumerate(examples) if example.final]
+    train = Picked(examples, range(ends[trained]))
+    seen = {_key(e.prompt_ids) for e in train}
+    # One prompt can have several demonstrations; those of a trained prompt are not held out.
+    rest = (examples[i - 1] for i in ends[n - kept_out + 1 :])
+    return train, [e for e in rest if _key(e.prompt_ids) not in seen], report
+
+
+def _evaluation(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, reports: dict[str, Any]
+) -> tuple[list[Prompt], list[Prompt]]:
+    """Rows of `eval.prompts` to measure after training, and during it."""
+    assert recipe.eval.prompts
+    splits = {"eval": (recipe.eval.split, recipe.eval.limit)}
+    if recipe.eval.every:
+        splits["curve"] = (recipe.eval.every_split, recipe.eval.every_limit)
+    loaded = {}
+    for role, (split, limit) in splits.items():
+        loaded[role], report = load_prompts(
+            open_source(recipe.eval.prompts, seed=0, split=split),
+            tokenizer,
+            max_prompt_tokens=recipe.data.max_prompt_tokens,
+            limit=limit,
+            seed=0,  # the same rows whatever the run's seed
+        )
+        reports[role] = report.to_json()
+    return loaded["eval"], loaded.get("curve", [])
+
+
+def _overlap(
+    train: Sequence[Example],
+    prompts: list[Prompt],
+    eval_prompts: list[Prompt],
+) -> dict[str, Any]:
+    """How many prompts of stage 2, and of the evaluation, were seen before, and where."""
+    demonstrated = {_key(e.prompt_ids) for e in train}
+    prompted = {_key(p.ids) for p in prompts}
+    evaluated = {_key(p.ids) for p in eval_prompts}
+    asked, measured = [p.user for p in prompts], [p.user for p in eval_prompts]
+    return {
+        "of": len(prompts),
+        "exact": sum(_key(p.ids) in demonstrated for p in prompts),
+        "ngram": sum(shared(asked, (e.user for e in train))),
+        "evaluated": sum(_key(p.ids) in evaluated for p in prompts),
+        "contamination": {
+            "of": len(eval_prompts),
+            "demonstrations": {
+                "exact": sum(_key(p.ids) in demonstrated for p in eval_prompts),
+                "ngram": sum(shared(measured, (e.user for e in train))),
+            },
+            "prompts": {
+                "exact": sum(_key(p.ids) in prompted for p in eval_prompts),
+                "ngram": sum(shared(measured, asked)),
+            },
+        },
+    }
+
+
+def _key(ids: list[int]) -> bytes:
+    """A hash of token ids: many prompts in little memory."""
+    return hashlib.blake2b(array("I", ids).tobytes(), digest_size=16).digest()
+
+
+def _prompts_of(
+    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, limit: int | None = None
+) -> list[Prompt]:
+    """The prompts of `limit` conversations: those of their last turns."""
+    final = islice((e for e in examples if e.final), limit)
+    return [Prompt(e.prompt_ids, tokenizer.decode(e.prompt_ids), e.meta, e.user) for e in final]

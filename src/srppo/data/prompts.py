@@ -1,38 +1,28 @@
 """Prompts for stage 2: everything up to the last user turn; no responses needed.
 
-How demonstrations and prompts of one source are kept apart: with the same source, split, seed and
-tokenizer both loaders see the rows in the same order. `load_demonstrations(limit=n)` takes rows up
-to the n-th one that is usable as a demonstration. `load_prompts(skip=n)` passes over rows up to
-that very row: while skipping, it counts with the same `DemonstrationScreen`, so rows that only one
-of the two could use do not shift the border. Behind the border, a prompt that equals one of the
-rows passed over is a duplicate. So no row and no prompt is in both, provided that max_prompt_tokens
-here is not larger than it was there (a larger one could count rows that were left out there).
-A source without any response has no demonstrations; there `skip` counts usable prompts.
+How prompts are kept apart from the demonstrations of the same source (`data.overlap=disjoint`):
+with the same source and seed both loaders see the rows in the same order. `load_demonstrations`
+looks at rows up to the last one that it needs (`Report.looked_at`); `load_prompts(skip=looked_at)`
+passes over those very rows and goes on behind them. There, a prompt that equals one of a row passed
+over, at any of its turns, is a duplicate. So no row and no prompt is in both.
 """
 
+from array import array
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from srppo.data.chat import apply_template, prompt_ids, prompt_text
-from srppo.data.demonstrations import DemonstrationScreen, Key, prompt_key, require_length
-from srppo.data.reporting import Report, require_limits
-from srppo.data.schemas import (
-    Row,
-    RowError,
-    Rows,
-    read_conversation,
-    read_rows,
-    scalars,
-    to_messages,
-    to_prompt,
-)
+from srppo.data.chat import apply_template, is_default_template, prompt_ids, prompt_text
+from srppo.data.demonstrations import prompt_key, require_length, user_text
+from srppo.data.mixture import Record, Source
+from srppo.data.reporting import SHOWN, Report, require_limits, shown
+from srppo.data.schemas import Message, RowError, scalars, to_prompt
 from srppo.errors import DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["Prompt", "load_prompts"]
+__all__ = ["Prompt", "load_prompts", "read_prompts"]
 
 
 @dataclass(frozen=True)
@@ -44,16 +34,26 @@ class Prompt:
     """What the ids spell: the filled-in template, up to where the response starts."""
     meta: dict[str, str | int | float | bool] = field(default_factory=dict)
     """The row's scalar columns that the prompt was not made of: group, a reference answer, ..."""
+    user: str = ""
+    """What users say in it: what overlap is measured on."""
 
 
 def load_prompts(
-    source: str,
+    source: Source, tokenizer: "PreTrainedTokenizerBase", **settings: Any
+) -> tuple[list[Prompt], Report]:
+    """`read_prompts`, and DataError where no row can be used."""
+    prompts, report = read_prompts(source, tokenizer, **settings)
+    report.require_used("prompts", source)
+    return prompts, report
+
+
+def read_prompts(
+    source: Source,
     tokenizer: "PreTrainedTokenizerBase",
     *,
     max_prompt_tokens: int,
     limit: int | None,
     seed: int,
-    split: str,
     skip: int = 0,
 ) -> tuple[list[Prompt], Report]:
     """The first `limit` usable prompts of `source` after a shuffle by `seed` and after `skip`.
@@ -62,81 +62,74 @@ def load_prompts(
     A tokenizer without chat template is given the default one (`chat.apply_template`).
 
     Args:
-        source: file, hub name or generator, see `sources`.
         max_prompt_tokens: longer prompts are left out.
-        skip: pass over as many rows as `load_demonstrations(limit=skip)` takes from the same
-            source (see the top of this file).
-
-    Raises:
-        DataError: the source cannot be read, or no row of it can be used.
-        ModelError: the tokenizer has no EOS token, and `skip` needs one to count demonstrations.
+        skip: readable rows to pass over, see the top of this file.
     """
     require_limits(limit=limit, max_prompt_tokens=max_prompt_tokens)
     if skip < 0:
         raise DataError(f"skip={skip} rows cannot be passed over. Set skip to 0 or more.")
     apply_template(tokenizer)
-    rows = read_rows(source, seed, split)
-    report = Report.start(source, rows)
-    screen = _PromptScreen(tokenizer, max_prompt_tokens)
-    demonstrations = DemonstrationScreen(tokenizer, max_prompt_tokens)
-    counted = demonstrations if skip and _has_responses(rows) else screen
+    report = Report.start(source)
+    report.template = "default" if is_default_template(tokenizer) else "own"
+    screen = _Screen(tokenizer, max_prompt_tokens, report)
     prompts: list[Prompt] = []
-    for number, row in rows.shuffled(seed):
+    lengths = array("I")
+    for record in source.shuffled(seed):
         if len(prompts) == limit:
             break
-        if skip:
-            skip -= _usable(counted, row)
-            screen.remember(row)
+        if report.skipped < skip:
+            screen.remember(record)
             report.skipped += 1
             continue
         try:
-            prompts.append(screen(row))
+            prompts.append(screen(record))
         except RowError as error:
-            report.drop(str(error), number)
-    report.finish("prompts", rows, prompt_lengths=[len(prompt.ids) for prompt in prompts])
+            report.drop(str(error), record.where)
+            continue
+        report.used += 1
+        lengths.append(len(prompts[-1].ids))
+        if len(report.first) < SHOWN:
+            report.first.append(shown(tokenizer, record.where, prompts[-1].ids, []))
+    report.finish(lengths)
     return prompts, report
 
 
-class _PromptScreen:
+class _Screen:
     """Decides row by row, in order, what is a prompt; remembers the prompts it has seen."""
 
-    def __init__(self, tokenizer: "PreTrainedTokenizerBase", max_prompt_tokens: int) -> None:
+    def __init__(
+        self, tokenizer: "PreTrainedTokenizerBase", max_prompt_tokens: int, report: Report
+    ) -> None:
         self.tokenizer = tokenizer
         self.max_prompt_tokens = max_prompt_tokens
-        self.seen: set[Key] = set()
+        self.report = report
+        self.seen: set[bytes] = set()
 
-    def __call__(self, row: Row) -> Prompt:
+    def __call__(self, record: Record) -> Prompt:
         """The row as a prompt; RowError where it is none."""
-        messages = to_prompt(row)
+        conversation = record.read(record.row)
+        messages = to_prompt(conversation.turns)
         key = prompt_key(messages)
         if key in self.seen:
             raise RowError("duplicate")
         self.seen.add(key)
         ids = prompt_ids(self.tokenizer, messages)
         require_length(ids, self.max_prompt_tokens)
-        meta = scalars(row, read_conversation(row).prompt_columns)
-        return Prompt(ids, prompt_text(self.tokenizer, messages), meta)
+        schemas = self.report.schemas
+        schemas[conversation.schema] = schemas.get(conversation.schema, 0) + 1
+        meta = scalars(record.row, conversation.prompt_columns)
+        return Prompt(ids, prompt_text(self.tokenizer, messages), meta, user_text(messages))
 
-    def remember(self, row: Row) -> None:
-        """Note the prompts of a skipped row, as prompt and as demonstration."""
-        with suppress(RowError):  # a row without the one may have the other
-            self.seen.add(prompt_key(to_prompt(row)))
+    def remember(self, record: Record) -> None:
+        """Note all prompts of a row that is passed over: those of its turns, and its last."""
         with suppress(RowError):
-            self.seen.add(prompt_key(to_messages(row)[0]))
+            turns = record.read(record.row).turns
+            for prompt in _prompts_within(turns):
+                self.seen.add(prompt_key(prompt))
 
 
-def _usable(screen: DemonstrationScreen | _PromptScreen, row: Row) -> bool:
-    try:
-        screen(row)
-    except RowError:
-        return False
-    return True
-
-
-def _has_responses(rows: Rows) -> bool:
-    """Whether any row has a response, so that demonstrations can be made of the source."""
-    for row in rows.rows:
-        with suppress(RowError):
-            to_messages(row)
-            return True
-    return False
+def _prompts_within(turns: list[Message]) -> list[list[Message]]:
+    """What precedes each assistant turn, and what ends with the last user turn."""
+    ends = [i for i, turn in enumerate(turns) if turn["role"] == "assistant"]
+    ends += [i + 1 for i, turn in enumerate(turns) if turn["role"] == "user"]
+    return [turns[:end] for end in ends]

@@ -1,15 +1,26 @@
 """What became of each row of a source: the counts that go into data.json."""
 
-from collections.abc import Sequence
+from array import array
+from bisect import bisect_right
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from statistics import fmean, median
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from srppo.data.mixture import Source, Where
 from srppo.data.schemas import UNDERSTOOD
-from srppo.data.sources import Rows
 from srppo.errors import DataError
 
-EXAMPLES_PER_REASON = 5
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+PLACES_PER_REASON = 100
+"""Rows named in data.json for each reason; `srppo data check --dropped FILE` names all."""
+SHOWN = 3
+"""First examples that are kept, token by token."""
+HEAD, TAIL = 120, 60
+"""Tokens kept at either end of a prompt or a response that is longer than both."""
 
 
 @dataclass
@@ -19,87 +30,141 @@ class Report:
     source: str
     rows: int
     """Rows of the source, unreadable ones included."""
+    unreadable: int = 0
+    """Rows that are no rows: not UTF-8, not JSON, no object; `dropped` has them by reason."""
     used: int = 0
     skipped: int = 0
     """Rows passed over by `skip`, usable or not."""
     not_needed: int = 0
-    """Rows never looked at, for `limit` was reached."""
+    """Rows never looked at: `limit` was reached, or a mixture's first source was at its end."""
+    examples: int = 0
+    """Demonstrations: one per assistant turn with loss. Prompts: one per row."""
     truncated: int = 0
-    """Used rows whose response was cut."""
+    """Responses that were cut."""
     dropped: dict[str, int] = field(default_factory=dict)
     """Reason -> rows left out for it."""
-    dropped_rows: dict[str, list[int]] = field(default_factory=dict)
-    """Reason -> numbers of its first five rows in the source (from 1; lines of a JSONL file)."""
-    prompt_tokens: dict[str, float] = field(default_factory=dict)
-    """min, median, mean and max length of the prompts used."""
-    response_tokens: dict[str, float] = field(default_factory=dict)
+    dropped_rows: dict[str, list[Where]] = field(default_factory=dict)
+    """Reason -> its rows in the source (from 1; lines of a text file)."""
+    turns_dropped: dict[str, int] = field(default_factory=dict)
+    """Reason -> assistant turns without loss, in rows that are used for their other turns."""
+    schemas: dict[str, int] = field(default_factory=dict)
+    """Columns -> rows used that were read so."""
+    template: str = ""
+    """`own`: the tokenizer's chat template; `default`: srppo's, for it has none."""
+    prompt_tokens: dict[str, Any] = field(default_factory=dict)
+    """min, median, mean and max length of the prompts used; bars: [from, to, prompts] each, two
+    to a doubling."""
+    response_tokens: dict[str, Any] = field(default_factory=dict)
     """The same of the responses, EOS included; empty for prompts."""
+    first: list[dict[str, Any]] = field(default_factory=list)
+    """The first examples: row, prompt and response (trained on) as one text per token."""
 
     @classmethod
-    def start(cls, source: str, rows: Rows) -> "Report":
+    def start(cls, source: Source) -> "Report":
         """A report in which the unreadable rows are counted already."""
-        report = cls(source, rows=len(rows.rows) + len(rows.unreadable))
-        for row in rows.unreadable:
-            report.drop(row.reason, row.number)
+        report = cls(source.name, rows=source.count)
+        for where, reason in source.unreadable():
+            report.drop(reason, where)
+            report.unreadable += 1
         return report
 
-    def drop(self, reason: str, number: int) -> None:
+    @property
+    def looked_at(self) -> int:
+        """Readable rows up to the last one that was needed; what `load_prompts` may skip."""
+        return self.used + sum(self.dropped.values()) - self.unreadable
+
+    def drop(self, reason: str, where: Where) -> None:
         """Count a row that is left out."""
         self.dropped[reason] = self.dropped.get(reason, 0) + 1
-        numbers = self.dropped_rows.setdefault(reason, [])
-        if len(numbers) < EXAMPLES_PER_REASON:
-            numbers.append(number)
+        self.dropped_rows.setdefault(reason, []).append(where)
 
-    def finish(
-        self,
-        kind: str,
-        rows: Rows,
-        *,
-        prompt_lengths: Sequence[int],
-        response_lengths: Sequence[int] = (),
-    ) -> None:
-        """Fill in what is known at the end.
-
-        Raises:
-            DataError: nothing is left.
-        """
-        self.used = len(prompt_lengths)
+    def finish(self, prompts: "array[int]", responses: "array[int] | tuple[()]" = ()) -> None:
+        """Fill in what is known at the end, from the lengths of the examples in tokens."""
+        self.examples = len(prompts)
+        self.dropped_rows = {r: sorted_places(places) for r, places in self.dropped_rows.items()}
         self.not_needed = self.rows - self.used - self.skipped - sum(self.dropped.values())
-        if not prompt_lengths:
-            raise DataError(self._nothing_left(kind, rows))
-        self.prompt_tokens = _lengths(prompt_lengths)
-        self.response_tokens = _lengths(response_lengths)
+        self.prompt_tokens = _lengths(prompts)
+        self.response_tokens = _lengths(responses)
+
+    def require_used(self, kind: str, source: Source) -> None:
+        """Raise DataError where nothing is left."""
+        if not self.used:
+            raise DataError(self._nothing_left(kind, source))
 
     def to_json(self) -> dict[str, Any]:
-        """All fields by name, ready for `json.dump`."""
-        return asdict(self)
+        """All fields by name, ready for `json.dump`; of the dropped rows the first hundred."""
+        rows = {r: places[:PLACES_PER_REASON] for r, places in self.dropped_rows.items()}
+        return asdict(self) | {"dropped_rows": rows}
 
-    def _nothing_left(self, kind: str, rows: Rows) -> str:
+    def _nothing_left(self, kind: str, source: Source) -> str:
         if not self.rows:
             return f"{self.source}: holds no rows, so there are no {kind}. Give a source with rows."
         counts = [
-            f"{count} x {reason} (rows {', '.join(map(str, self.dropped_rows[reason]))})"
+            f"{count} x {reason} (rows {', '.join(map(str, self.dropped_rows[reason][:5]))})"
             for reason, count in sorted(self.dropped.items(), key=lambda item: -item[1])
         ]
         if self.skipped:
-            counts.insert(0, f"{self.skipped} x passed over by skip")
-        first = [rows.rows[i] for i in range(min(100, len(rows.rows)))]
-        columns = ", ".join(sorted({name for row in first for name in row})) or "none"
+            counts.insert(0, f"{self.skipped} x passed over")
+        columns = ", ".join(sorted({name for row in source.first_rows(100) for name in row}))
         return (
             f"{self.source}: none of its {self.rows} rows can be used as {kind}: "
-            f"{'; '.join(counts)}. Columns found: {columns}. Columns understood: {UNDERSTOOD}. "
-            f"{self._cure()}"
+            f"{'; '.join(counts)}. Columns found: {columns or 'none'}. "
+            f"Columns understood: {UNDERSTOOD}. {self._cure()}"
         )
 
     def _cure(self) -> str:
         most = max(self.dropped, key=lambda reason: self.dropped[reason], default="")
         if self.skipped and self.skipped >= sum(self.dropped.values()):
-            return "Lower skip, or give a source with more rows."
+            return "Lower data.demonstrations_limit, or give a source with more rows."
         if most.startswith("prompt longer than"):
             return "Raise max_prompt_tokens."
-        if most in ("columns not understood", "no assistant turn"):
-            return "Rename the columns to a set that is understood and holds what is needed."
+        if most.startswith("refused by the chat template"):
+            return "Give the tokenizer a chat template that takes such conversations."
+        if most == "not UTF-8":
+            return "Save the file as UTF-8."
+        if most in ("columns not understood", "no assistant turn") or most.startswith("no column"):
+            return (
+                "Say which of its columns are meant: data.columns={prompt: OWN, response: OWN}, or "
+                "--column-map prompt=OWN."
+            )
         return "Repair the rows named, or give another source."
+
+
+def sorted_places(places: Iterable[Where]) -> list[Where]:
+    """Row numbers in order; `file:number` by file, then number."""
+
+    def key(where: Where) -> tuple[str, int]:
+        if isinstance(where, int):
+            return "", where
+        name, _, number = where.rpartition(":")
+        return name, int(number)
+
+    return sorted(places, key=key)
+
+
+def shown(
+    tokenizer: "PreTrainedTokenizerBase", where: Where, prompt: list[int], response: list[int]
+) -> dict[str, Any]:
+    """An example as the model sees it, one text per token."""
+    texts = token_texts(tokenizer, prompt + response)
+    return {
+        "row": where,
+        "prompt": _ends(texts[: len(prompt)]),
+        "response": _ends(texts[len(prompt) :]),
+    }
+
+
+def token_texts(tokenizer: "PreTrainedTokenizerBase", ids: list[int]) -> list[str]:
+    """What each token adds to the text; those of an unfinished character add nothing."""
+    texts, before = [], ""
+    for end in range(1, len(ids) + 1):
+        text = str(tokenizer.decode(ids[:end], clean_up_tokenization_spaces=False))
+        if text.endswith("\ufffd") and end < len(ids):
+            texts.append("")
+            continue
+        texts.append(text[len(before) :])
+        before = text
+    return texts
 
 
 def require_limits(**limits: int | None) -> None:
@@ -109,12 +174,22 @@ def require_limits(**limits: int | None) -> None:
             raise DataError(f"{name}={value} leaves no rows to use. Set {name} to 1 or more.")
 
 
-def _lengths(lengths: Sequence[int]) -> dict[str, float]:
+def _ends(texts: list[str]) -> list[str]:
+    if len(texts) <= HEAD + TAIL:
+        return texts
+    return [*texts[:HEAD], f" … {len(texts) - HEAD - TAIL} tokens … ", *texts[-TAIL:]]
+
+
+def _lengths(lengths: Sequence[int]) -> dict[str, Any]:
     if not lengths:
         return {}
+    edges = [round(2 ** (k / 2)) for k in range(2 * max(lengths).bit_length() + 2)]
+    counts = Counter(bisect_right(edges, length) for length in lengths)
+    filled = range(min(counts), max(counts) + 1)
     return {
         "min": min(lengths),
         "median": median(lengths),
         "mean": fmean(lengths),
         "max": max(lengths),
+        "bars": [[edges[k - 1], edges[k] - 1, counts[k]] for k in filled],
     }

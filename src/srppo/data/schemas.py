@@ -3,36 +3,25 @@
 | columns | data sets | turns |
 |---|---|---|
 | messages, or conversations | TULU, UltraChat, ShareGPT | the turns; role/content or from/value |
-| prompt + response, or completion | TRL | two turns; each may itself be a list of turns |
 | instruction + completions | UltraFeedback | completion of the best `fine-grained_score` |
+| prompt + response, or completion | TRL | two turns; each may itself be a list of turns |
 | instruction (+ input) + output | Alpaca | input after a blank line, unless empty |
 | instruction (+ context) + response | Dolly | likewise |
 | question + answer | GSM8K | calculator marks `<<2+2=4>>` are taken out of the answer |
 | chosen | hh-rlhf | "Human:"/"Assistant:" in one string, or a list of turns |
 | prompt, instruction or question alone | IFEval | one user turn: good for prompts only |
 
-The first line that fits counts. Roles human and gpt are read as user and assistant.
+The first line that fits counts. Roles human and gpt are read as user and assistant. A column
+`system` beside any of them but lists of turns is the system turn, unless empty.
 """
 
 import re
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
-from srppo.data.sources import Row, Rows, read_rows
+from srppo.data.files import Row
 from srppo.errors import DataError
-
-__all__ = [
-    "Conversation",
-    "Message",
-    "Row",
-    "RowError",
-    "Rows",
-    "read_conversation",
-    "read_rows",
-    "scalars",
-    "to_messages",
-    "to_prompt",
-]
 
 Message = dict[str, str]
 """One turn: role (system, user or assistant) and content."""
@@ -42,11 +31,6 @@ UNDERSTOOD = (
     "instruction/input/output, instruction/context/response, question/answer, chosen"
 )
 ROLES = {r: r for r in ("system", "user", "assistant")} | {"human": "user", "gpt": "assistant"}
-_RESPONSES = {
-    "prompt": ("response", "completion"),
-    "instruction": ("output", "response"),
-    "question": ("answer",),
-}
 
 
 class RowError(DataError):
@@ -58,41 +42,82 @@ class Conversation:
     """The turns of a row, and which of its columns they came from."""
 
     turns: list[Message]
+    schema: str
     prompt_columns: frozenset[str]
     response_columns: frozenset[str] = frozenset()
 
+    @property
+    def columns(self) -> frozenset[str]:
+        """All that the turns came from."""
+        return self.prompt_columns | self.response_columns
 
-def to_messages(row: Row) -> tuple[list[Message], str]:
-    """Prompt and response of a demonstration: the last assistant turn and everything before it.
 
-    Turns after the last assistant turn have no answer and are left out.
+@dataclass(frozen=True)
+class Reading:
+    """How the rows of a source are read: by recognition, unless something is given."""
+
+    schema: str | None = None
+    """A key of SCHEMAS; None: the first one whose columns a row has."""
+    columns: Mapping[str, str] = field(default_factory=dict)
+    """Known name -> the source's own column. Only these columns are then looked at."""
+
+    def __call__(self, row: Row) -> Conversation:
+        """The turns of a row; roles mapped, null content read as empty.
+
+        Raises:
+            RowError: the columns are not understood, or a turn is malformed.
+        """
+        if not self.columns:
+            return _read(row, self.schema)
+        for own in self.columns.values():
+            if own not in row:
+                raise RowError(f"no column {own!r}")
+        found = _read({known: row[own] for known, own in self.columns.items()}, self.schema)
+        return Conversation(
+            found.turns,
+            found.schema,
+            frozenset(self.columns[known] for known in found.prompt_columns),
+            frozenset(self.columns[known] for known in found.response_columns),
+        )
+
+
+def answered(turns: list[Message], which: str = "last") -> tuple[list[int], list[str]]:
+    """Places of the assistant turns that can be learnt, and why the others cannot.
+
+    Args:
+        which: `all` assistant turns are looked at, or the `last`.
 
     Raises:
-        RowError: the row has no such pair; the message is the reason.
+        RowError: there is none; the message is the reason, that of the last assistant turn.
     """
-    turns = read_conversation(row).turns
-    last = _last(turns, "assistant")
-    if last is None:
+    places = [i for i, turn in enumerate(turns) if turn["role"] == "assistant"]
+    if not places:
         raise RowError("no assistant turn" if turns else "empty messages")
-    if not turns[last]["content"].strip():
-        raise RowError("empty response")
-    return _require_user(turns[:last]), turns[last]["content"]
+    found: list[int] = []
+    problems: list[str] = []
+    for i in places[-1:] if which == "last" else places:
+        empty = "" if turns[i]["content"].strip() else "empty response"
+        if problem := empty or _prompt_problem(turns[:i]):
+            problems.append(problem)
+        else:
+            found.append(i)
+    if not found:
+        raise RowError(problems[-1])
+    return found, problems
 
 
-def to_prompt(row: Row) -> list[Message]:
-    """Prompt of a row: everything up to the last user turn, whether an answer follows or not.
-
-    Equals the prompt of `to_messages` where the last user turn is followed by one assistant turn
-    and nothing else.
+def to_prompt(turns: list[Message]) -> list[Message]:
+    """Everything up to the last user turn, whether an answer follows or not.
 
     Raises:
         RowError: there is no user turn, or it is empty.
     """
-    turns = read_conversation(row).turns
-    last = _last(turns, "user")
     if not turns:
         raise RowError("empty messages")
-    return _require_user(turns[: 0 if last is None else last + 1])
+    last = max((i for i, turn in enumerate(turns) if turn["role"] == "user"), default=-1)
+    if problem := _prompt_problem(turns[: last + 1]):
+        raise RowError(problem)
+    return turns[: last + 1]
 
 
 def scalars(row: Row, used: frozenset[str]) -> dict[str, str | int | float | bool]:
@@ -100,31 +125,53 @@ def scalars(row: Row, used: frozenset[str]) -> dict[str, str | int | float | boo
     return {k: v for k, v in row.items() if k not in used and isinstance(v, str | int | float)}
 
 
-def read_conversation(row: Row) -> Conversation:
-    """The turns of a row; roles mapped, null content read as empty.
+def _prompt_problem(prompt: list[Message]) -> str:
+    users = [turn["content"] for turn in prompt if turn["role"] == "user"]
+    if not users:
+        return "no user turn in the prompt"
+    return "" if users[-1].strip() else "empty prompt"
 
-    Raises:
-        RowError: the columns are not understood, or a turn is malformed.
-    """
-    for column in ("messages", "conversations"):
-        if column in row:
-            return Conversation(_turns(row[column]), frozenset({column}))
-    if "instruction" in row and "completions" in row:
-        turns = _as_turns(row["instruction"], "user") + _best_completion(row["completions"])
-        return Conversation(turns, frozenset({"instruction"}), frozenset({"completions"}))
-    for prompt, responses in _RESPONSES.items():
-        for response in responses:
-            if prompt in row and response in row:
-                return _pair(row, prompt, response)
-    if "chosen" in row:
-        return Conversation(_human_assistant(row["chosen"]), frozenset({"chosen"}))
-    for prompt in _RESPONSES:
-        if prompt in row:
-            return _pair(row, prompt, None)
+
+def _read(row: Row, schema: str | None) -> Conversation:
+    if schema is not None:
+        columns, read = SCHEMAS[schema]
+        if missing := [name for name in columns if name not in row]:
+            raise RowError(f"no column {missing[0]!r}")
+        return read(row, schema)
+    for name, (columns, read) in SCHEMAS.items():
+        if all(column in row for column in columns):
+            return read(row, name)
     raise RowError("columns not understood")
 
 
-def _pair(row: Row, prompt: str, response: str | None) -> Conversation:
+def _list_of_turns(row: Row, schema: str) -> Conversation:
+    return Conversation(_turns(row[schema]), schema, frozenset({schema}))
+
+
+def _ultrafeedback(row: Row, schema: str) -> Conversation:
+    turns, columns = _prompt(row, "instruction")
+    turns += _best_completion(row["completions"])
+    return Conversation(turns, schema, columns, frozenset({"completions"}))
+
+
+def _chosen(row: Row, schema: str) -> Conversation:
+    return Conversation(_human_assistant(row["chosen"]), schema, frozenset({"chosen"}))
+
+
+def _pair(row: Row, schema: str) -> Conversation:
+    prompt, _, response = schema.partition(" + ")
+    turns, columns = _prompt(row, prompt)
+    if not response:
+        return Conversation(turns, schema, columns)
+    answer = _as_turns(row[response], "assistant")
+    if prompt == "question":
+        for turn in answer:
+            turn["content"] = re.sub(r"<<[^<>]*>>", "", turn["content"])
+    return Conversation(turns + answer, schema, columns, frozenset({response}))
+
+
+def _prompt(row: Row, prompt: str) -> tuple[list[Message], frozenset[str]]:
+    """The turns before the answer, and the columns that they came from."""
     turns = _as_turns(row[prompt], "user")
     columns = {prompt}
     if prompt == "instruction":
@@ -133,13 +180,11 @@ def _pair(row: Row, prompt: str, response: str | None) -> Conversation:
             if turns and context.strip():
                 turns[-1]["content"] += "\n\n" + context
             columns.add(name)
-    if response is None:
-        return Conversation(turns, frozenset(columns))
-    answer = _as_turns(row[response], "assistant")
-    if prompt == "question":
-        for turn in answer:
-            turn["content"] = re.sub(r"<<[^<>]*>>", "", turn["content"])
-    return Conversation(turns + answer, frozenset(columns), frozenset({response}))
+    if "system" in row:
+        columns.add("system")
+        system = _turn("system", row["system"])
+        turns = [system] * bool(system["content"].strip()) + turns
+    return turns, frozenset(columns)
 
 
 def _as_turns(value: Any, role: str) -> list[Message]:
@@ -196,14 +241,18 @@ def _human_assistant(chosen: Any) -> list[Message]:
     return [_turn(r, text.strip()) for r, text in zip(roles, pieces[2::2], strict=True)]
 
 
-def _last(turns: list[Message], role: str) -> int | None:
-    return max((i for i, turn in enumerate(turns) if turn["role"] == role), default=None)
-
-
-def _require_user(prompt: list[Message]) -> list[Message]:
-    last = _last(prompt, "user")
-    if last is None:
-        raise RowError("no user turn in the prompt")
-    if not prompt[last]["content"].strip():
-        raise RowError("empty prompt")
-    return prompt
+SCHEMAS: dict[str, tuple[tuple[str, ...], Callable[[Row, str], Conversation]]] = {
+    "messages": (("messages",), _list_of_turns),
+    "conversations": (("conversations",), _list_of_turns),
+    "instruction + completions": (("instruction", "completions"), _ultrafeedback),
+    **{
+        pair: (tuple(pair.split(" + ")), _pair)
+        for pair in (
+            *("prompt + response", "prompt + completion", "instruction + output"),
+            *("instruction + response", "question + answer"),
+        )
+    },
+    "chosen": (("chosen",), _chosen),
+    **{prompt: ((prompt,), _pair) for prompt in ("prompt", "instruction", "question")},
+}
+"""Name: the columns that a row must have, and what reads it; the first that fits counts."""

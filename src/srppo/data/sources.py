@@ -1,188 +1,207 @@
-"""Where rows come from: a local file, the Hugging Face hub, or a Python generator.
+"""Where rows come from: files, folders, globs, the Hugging Face hub, a Python generator, mixtures.
 
-    data.jsonl  data.json  data.csv  data.parquet   a local file (a file is one split)
-    name  owner/name  owner/name:config  ./folder   `datasets.load_dataset`
-    python:package.module:function                  function(seed=..., split=...) yields rows
-
-Local JSONL is read tolerantly: a line that cannot be read is kept as an `Unreadable`, to be
-counted with its line number, and the other lines are used.
+data.jsonl  .json  .csv  .parquet  .arrow     a local file (a file is one split)
+folder  folder/*.jsonl  folder/**/*.parquet   its files, by split; all that match
+owner/name  owner/name:config@revision        `datasets.load_dataset`
+tulu-v2-mix  alpaca  ...                      a preset (see `presets`)
+alpaca=WHERE                                  the preset's columns, kept somewhere else
+python:package.module:function                function(seed=..., split=...) yields rows
 """
 
-import csv
+import glob
 import importlib
-import json
-import random
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from srppo.config_data import SourceConfig
+from srppo.data.files import READERS, Rows, read_file
+from srppo.data.mixture import Part, Source
+from srppo.data.presets import PRESETS, Preset
+from srppo.data.schemas import Reading
+from srppo.data.store import OnDisk
 from srppo.errors import DataError, SrppoError
 
-Row = dict[str, Any]
+SHUFFLE_BUFFER = 10_000
+"""Rows of a stream among which each one is drawn."""
 
 
-@dataclass(frozen=True)
-class Unreadable:
-    """A row that could not be read: its number (counted from 1) and why."""
+def open_source(
+    configs: str | Sequence[SourceConfig],
+    *,
+    seed: int,
+    split: str = "train",
+    columns: Mapping[str, str] | None = None,
+) -> Source:
+    """The rows that a setting names; a string stands for a source without further settings.
 
-    number: int
-    reason: str
-
-
-@dataclass(frozen=True)
-class Rows:
-    """The rows of a source, and those that could not be read."""
-
-    rows: Sequence[Row]
-    numbers: Sequence[int]
-    """Number of each row in its source, from 1: the line of a JSONL file."""
-    unreadable: list[Unreadable] = field(default_factory=list)
-
-    def shuffled(self, seed: int) -> Iterator[tuple[int, Row]]:
-        """(number, row) of all readable rows in an order that depends on `seed` and their count."""
-        order = list(range(len(self.rows)))
-        random.Random(seed).shuffle(order)
-        for index in order:
-            yield self.numbers[index], self.rows[index]
-
-
-def read_rows(source: str, seed: int, split: str) -> Rows:
-    """All rows of `source`; `seed` reaches generators only, `split` is without effect on files.
+    `seed` reaches generators and streams; `split` is without effect on files that are named, and
+    like `columns` holds where a source has none of its own.
 
     Raises:
-        DataError: the source does not exist, cannot be reached, or is of an unknown kind.
+        DataError: a source does not exist, cannot be reached, or is of an unknown kind.
     """
-    if source.startswith("python:"):
-        return _sort_out(enumerate(_generate(source, seed, split), start=1))
-    path = Path(source).expanduser()
-    reader = _READERS.get(path.suffix.lower())
-    if reader is None and path.is_file():
+    if isinstance(configs, str):
+        configs = [SourceConfig(source=configs)]
+    found = [_open(config, seed, split, columns or {}) for config in configs]
+    numbered = len(found) == 1 and len(found[0].files) == 1
+    parts = [replace(part, numbered=numbered) for part in found]
+    return Source(", ".join(part.name for part in parts), parts)
+
+
+def _open(config: SourceConfig, seed: int, split: str, columns: Mapping[str, str]) -> Part:
+    split, columns = config.split or split, columns if config.columns is None else config.columns
+    preset, where = _preset(config.source)
+    if preset is not None:
+        columns = config.columns or {}  # a preset knows its own
+        split = preset.splits.get(split, split)
+    reading = Reading(preset.schema if preset and not columns else None, columns)
+    if config.stream:
+        files = [(where, _stream(where, split, seed, config.limit or 0))]
+    else:
+        files = _files(where, split, seed)
+    return Part(config.source, files, reading, config.limit, config.weight)
+
+
+def _preset(source: str) -> tuple[Preset | None, str]:
+    """The preset that a source names, and where its rows are."""
+    name, _, elsewhere = source.partition("=")
+    preset = PRESETS.get(name)
+    if preset is None or (not elsewhere and Path(source).exists()):
+        return None, source
+    return preset, elsewhere or preset.source
+
+
+def _files(where: str, split: str, seed: int) -> list[tuple[str, Rows]]:
+    """Label and rows of each file of a source."""
+    if where.startswith("python:"):
+        return [(where, Rows.of(_generate(where, seed, split), OnDisk()))]
+    path = Path(where).expanduser()
+    if path.is_dir():
+        return _folder(path, split)
+    if not path.exists() and glob.has_magic(where):
+        names = sorted(n for n in glob.glob(str(path), recursive=True) if Path(n).is_file())
+        if not names:
+            raise DataError(
+                f"{where}: no file matches, seen from {Path.cwd()}. Mend the pattern; ** stands "
+                "for any folders."
+            )
+        return [(name, read_file(Path(name))) for name in names]
+    if path.is_file() or path.suffix.lower() in READERS:
+        return [(where, read_file(path))]
+    return [(where, _hub(where, split))]
+
+
+def _folder(path: Path, split: str) -> list[tuple[str, Rows]]:
+    """What `save_to_disk` wrote, or data files, whose names say their split as on the hub."""
+    import datasets  # late: seconds to import, and single text files do without
+    from datasets.data_files import DataFilesList, EmptyDatasetError, get_data_patterns
+
+    saved = (path / "dataset_dict.json").is_file(), (path / "state.json").is_file()
+    if any(saved):
+        found = datasets.load_from_disk(str(path))
+        splits = found if isinstance(found, datasets.DatasetDict) else {split: found}
+        _require_split(path, split, splits)
+        return [(str(path), Rows(splits[split], range(1, len(splits[split]) + 1)))]
+    if _names_its_files(path / "README.md"):
+        return [(str(path), _hub(str(path), split))]
+    try:
+        patterns = get_data_patterns(str(path.resolve()))
+    except EmptyDatasetError as error:
         raise DataError(
-            f"{source}: files that end in {path.suffix!r} cannot be read. "
-            f"Save it as one of {', '.join(_READERS)}."
+            f"{path}: holds no data files. Give a folder of {', '.join(READERS)}."
+        ) from error
+    splits = {str(name): found for name, found in patterns.items()}
+    _require_split(path, split, splits)
+    names = DataFilesList.from_patterns(splits[split], base_path=str(path.resolve()))
+    readable = sorted(n for n in names if Path(n).suffix.lower() in READERS)
+    if not readable:
+        raise DataError(
+            f"{path}: none of the files of split {split!r} can be read, {min(names)} first. "
+            f"Save them as {', '.join(READERS)}."
         )
-    if reader is None:
-        return _load_hub(source, split)
+    within = [Path(name).relative_to(path.resolve()) for name in readable]
+    return [(str(path / name), read_file(path / name)) for name in within]
+
+
+def _names_its_files(card: Path) -> bool:
+    """Whether a data set card says which files are which split; then `datasets` reads them."""
     try:
-        return _sort_out(reader(path))
-    except FileNotFoundError as error:
+        text = card.read_text(encoding="utf-8", errors="replace")
+    except FileNotFoundError:
+        return False
+    return text.startswith("---") and "configs:" in text.split("\n---", 1)[0]
+
+
+def _require_split(path: Path, split: str, splits: Iterable[str]) -> None:
+    if split not in splits:
         raise DataError(
-            f"{source}: there is no such file. Give a path that exists, seen from "
-            f"{Path.cwd()}, or the name of a data set on the Hugging Face hub."
-        ) from error
-    except OSError as error:
-        raise DataError(f"{source}: cannot be read ({error}). Check the path.") from error
+            f"{path}: has no split {split!r}; it has {', '.join(splits)}. Set the source's split "
+            "to one of them."
+        )
 
 
-def _sort_out(numbered: Iterable[tuple[int, Any]]) -> Rows:
-    """Part the rows that are objects from everything else."""
-    rows: list[Row] = []
-    numbers: list[int] = []
-    unreadable: list[Unreadable] = []
-    for number, row in numbered:
-        if isinstance(row, dict):
-            rows.append(row)
-            numbers.append(number)
-        else:
-            reason = row.reason if isinstance(row, Unreadable) else "not an object"
-            unreadable.append(Unreadable(number, reason))
-    return Rows(rows, numbers, unreadable)
-
-
-def _read_jsonl(path: Path) -> Iterator[tuple[int, Any]]:
-    """One row per line; blank lines are no rows; an unreadable line comes as `Unreadable`."""
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            if line.strip():
-                yield number, _parse_line(number, line)
-
-
-def _parse_line(number: int, line: bytes) -> Any:
-    try:
-        return json.loads(line.decode("utf-8-sig"))
-    except UnicodeDecodeError:
-        return Unreadable(number, "not UTF-8")
-    except (ValueError, RecursionError):
-        return Unreadable(number, "not JSON")
-
-
-def _read_json(path: Path) -> Iterable[tuple[int, Any]]:
-    """An array of objects; a file that does not start with `[` is read as JSONL."""
-    content = path.read_bytes()
-    if not content.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
-        return _read_jsonl(path)
-    try:
-        return enumerate(json.loads(content.decode("utf-8-sig")), start=1)
-    except (ValueError, RecursionError) as error:
-        raise DataError(
-            f"{path}: not a JSON array ({error}), so none of its rows can be used. Repair the "
-            "file, or save one object per line as .jsonl, where single bad lines do no harm."
-        ) from error
-
-
-def _read_csv(path: Path) -> Iterator[tuple[int, Any]]:
-    """A table with a header line; numbers count rows, not lines, since a cell may hold lines."""
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            for number, row in enumerate(csv.DictReader(file), start=1):
-                ragged = None in row  # where DictReader puts cells that have no header
-                yield number, Unreadable(number, "more cells than columns") if ragged else row
-    except (csv.Error, UnicodeDecodeError) as error:
-        raise DataError(
-            f"{path}: not a UTF-8 table with a header line ({error}), so its rows cannot be told "
-            "apart. Save it as UTF-8 CSV, or as .jsonl."
-        ) from error
-
-
-def _read_parquet(path: Path) -> Iterable[tuple[int, Any]]:
-    import pyarrow  # late: heavy, and few sources need it
-    import pyarrow.parquet
-
-    try:
-        return enumerate(pyarrow.parquet.read_table(path).to_pylist(), start=1)
-    except pyarrow.ArrowInvalid as error:
-        raise DataError(f"{path}: not a Parquet file ({error}). Write it anew.") from error
-
-
-_READERS: dict[str, Callable[[Path], Iterable[tuple[int, Any]]]] = {
-    ".jsonl": _read_jsonl,
-    ".json": _read_json,
-    ".csv": _read_csv,
-    ".parquet": _read_parquet,
-}
-
-
-def _load_hub(source: str, split: str) -> Rows:
-    import datasets  # late: seconds to import, and local files do without
-
-    name, _, config = source.partition(":")
-    try:
-        rows = datasets.load_dataset(name, config or None, split=split)
-    except Exception as error:  # the hub client, the network and each file format raise their own
-        raise DataError(
-            f"{source}: split {split!r} cannot be loaded ({type(error).__name__}: {error}). "
-            "Check the name (owner/name, or owner/name:config where there are several), the split "
-            f"and the network, or give a local file that ends in {', '.join(_READERS)}."
-        ) from error
+def _hub(where: str, split: str) -> Rows:
+    rows = _load_dataset(where, split)
     return Rows(rows, range(1, len(rows) + 1))
 
 
-def _generate(source: str, seed: int, split: str) -> Iterable[Any]:
-    module_name, _, function_name = source.removeprefix("python:").partition(":")
+def _stream(where: str, split: str, seed: int, limit: int) -> Rows:
+    """`limit` rows of a stream, each drawn from SHUFFLE_BUFFER; numbered as drawn."""
+    path = Path(where).expanduser()
+    if path.is_file() or where.startswith("python:"):
+        raise DataError(
+            f"{where}: stream=true is for the hub; this is read in place anyway. Leave it out."
+        )
+    rows = _load_dataset(where, split, streaming=True)
+    try:
+        drawn = rows.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER).take(limit)
+        return Rows.of(drawn, OnDisk())
+    except SrppoError:
+        raise
+    except Exception as error:  # the network may fail at any row
+        raise DataError(_cannot_load(where, split, error)) from error
+
+
+def _load_dataset(where: str, split: str, **options: Any) -> Any:
+    """`datasets.load_dataset` of `name:config@revision`."""
+    import datasets  # late, as above
+
+    name, _, revision = where.partition("@")
+    name, _, config = name.partition(":")
+    if revision:
+        options["revision"] = revision
+    try:
+        return datasets.load_dataset(name, config or None, split=split, **options)
+    except Exception as error:  # the hub client, the network and each file format raise their own
+        raise DataError(_cannot_load(where, split, error)) from error
+
+
+def _cannot_load(where: str, split: str, error: Exception) -> str:
+    return (
+        f"{where}: split {split!r} cannot be loaded ({type(error).__name__}: {error}). Check the "
+        "name (owner/name:config@revision; config where there are several, revision to pin one), "
+        f"the split and the network, or give a preset ({', '.join(PRESETS)}) or a local file that "
+        f"ends in {', '.join(READERS)}."
+    )
+
+
+def _generate(where: str, seed: int, split: str) -> Iterator[Any]:
+    module_name, _, function_name = where.removeprefix("python:").partition(":")
     try:
         function = getattr(importlib.import_module(module_name), function_name)
     except (ImportError, AttributeError, ValueError) as error:
         raise DataError(
-            f"{source}: cannot be imported ({error}). Write python:package.module:function and "
+            f"{where}: cannot be imported ({error}). Write python:package.module:function and "
             "put the folder of the package on PYTHONPATH."
         ) from error
     try:
-        return list(function(seed=seed, split=split))
+        yield from function(seed=seed, split=split)
     except SrppoError:
         raise
     except Exception as error:  # the user's code can raise anything
         raise DataError(
-            f"{source}: failed ({type(error).__name__}: {error}). It is called as "
+            f"{where}: failed ({type(error).__name__}: {error}). It is called as "
             "function(seed=int, split=str) and yields rows, each a dictionary."
         ) from error

@@ -79,3 +79,22 @@ def score_with_values(
             if critic:
                 batch.put(units, critic.units(hidden))
     return logprobs, units
+
+
+@torch.no_grad()
+def response_states(model: Role | PreTrainedModel, sequences: Sequences, max_tokens: int) -> Tensor:
+    """(M, H) on the CPU, `hidden_states` of all M response tokens, row after row of `sequences`."""
+    role = Role.of(model)
+    starts = sequences.lengths.cumsum(0) - sequences.lengths
+    width = role.config.get_text_config().hidden_size
+    states: Tensor | None = None
+    rows = torch.arange(len(sequences))
+    with role.active() as active:
+        for batch in microbatches(sequences, rows, max_tokens, role.device):
+            hidden = hidden_states(active, batch).cpu()
+            if states is None:
+                states = hidden.new_empty(int(sequences.mask.sum()), width)
+            row, t = batch.mask.nonzero(as_tuple=True)
+            states[starts[batch.rows][row] + t] = hidden
+    assert states is not None  # no rollout is empty
+    return states

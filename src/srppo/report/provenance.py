@@ -23,6 +23,7 @@ class Provenance:
     data: list[tuple[str, str, str, str, str]]
     """(set, source, rows, used, what was dropped)."""
     data_notes: list[str]
+    data_text: str
 
 
 def view(files: RunFiles) -> Provenance | None:
@@ -43,6 +44,7 @@ def view(files: RunFiles) -> Provenance | None:
         versions=[(name, str(version)) for name, version in mapping(run, "versions").items()],
         data=_data(files.data),
         data_notes=_data_notes(files.data),
+        data_text=files.data_text,
     )
 
 
@@ -89,16 +91,23 @@ def _facts(run: Json, files: RunFiles) -> list[tuple[str, str]]:
 
 
 def _ppo_time(files: RunFiles) -> str:
-    """How the time of the PPO steps divides, and the median speed."""
-    totals = {
-        part: sum(series(files.ppo, f"time/{part}")[1]) for part in ("rollout", "scoring", "update")
-    }
+    """How the time of the PPO steps divides, and medians of speed, use of the machine, padding."""
+    phases = ("rollout", "scoring", "update", "other")
+    totals = {part: sum(series(files.ppo, f"time/{part}")[1]) for part in phases}
     whole = sum(totals.values())
     words = [f"{part} {100 * t / whole:.0f} %" for part, t in totals.items() if whole and t]
-    speeds = sorted(series(files.ppo, "time/tokens_per_second")[1])
-    if speeds:
-        words.append(f"{plain(speeds[len(speeds) // 2])} tokens per second")
+    if speed := _median(files, "time/tokens_per_second"):
+        words.append(f"{plain(speed)} tokens per second")
+    if share := _median(files, "time/attainable_share"):
+        words.append(f"{100 * share:.0f} % of the attainable rate")
+    if (padding := _median(files, "padding")) is not None:
+        words.append(f"padding {100 * padding:.1f} %")
     return ", ".join(words)
+
+
+def _median(files: RunFiles, key: str) -> float | None:
+    values = sorted(series(files.ppo, key)[1])
+    return values[len(values) // 2] if values else None
 
 
 def _data(data: Json | None) -> list[tuple[str, str, str, str, str]]:
@@ -129,4 +138,6 @@ def _data_notes(data: Json | None) -> list[str]:
     ]
     if evaluated := number(overlap.get("evaluated")):
         notes.append(f"{plain(evaluated)} of them are evaluation prompts, too: PPO has seen those.")
+    if ngram := number(overlap.get("ngram")):
+        notes.append(f"{plain(ngram)} share half of their 8-grams with those of demonstrations.")
     return notes

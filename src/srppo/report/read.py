@@ -23,6 +23,8 @@ class RunFiles:
     """One entry per step, in order; lines of the same step are merged, the later one wins."""
     ppo: list[Json]
     samples: list[Json]
+    data_text: str = ""
+    """What `srppo data check` says of the data."""
     notes: list[str]
     """What was read around, for the page to say."""
 
@@ -48,6 +50,7 @@ def read(run_dir: Path) -> RunFiles:
         sft=_by_step(_lines(run_dir / "metrics" / "sft.jsonl", notes)),
         ppo=_by_step(_lines(run_dir / "metrics" / "ppo.jsonl", notes)),
         samples=_lines(run_dir / "samples.jsonl", notes),
+        data_text=_text(run_dir / "data.txt") or "",
         notes=notes,
     )
     parts = (files.run, files.data, files.audit, files.results)

@@ -81,5 +81,5 @@ def matmul_rate(device: torch.device) -> float:
 
 def _timed(x: torch.Tensor) -> float:
     started = time.monotonic()
-    float(torch.nn.functional.linear(x, x)[0, 0])  # waits for a GPU
+    float(torch.nn.functional.linear(x, x)[0, 0].detach())  # waits for a GPU
     return time.monotonic() - started

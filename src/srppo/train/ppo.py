@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from srppo.algo.advantage import gae, leave_one_out
+from srppo.algo.all_action import future_gains, leave_one_out_per_token
 from srppo.algo.kl import k1
 from srppo.algo.loss import explained_variance
 from srppo.algo.masking import masked_mean, masked_sum, whiten
@@ -22,6 +23,7 @@ from srppo.models.scoring import score, score_with_values
 from srppo.models.value_head import ValueHead
 from srppo.progress import Reporter
 from srppo.rollout.sampler import Rollout, Sampler
+from srppo.train.all_action import FrozenStates, frozen_states, score_all_actions
 from srppo.train.metrics import MetricsLog
 from srppo.train.pace import Pace, Stopwatch
 from srppo.train.update import Experience, Metrics, Optimizers, generator, update
@@ -40,8 +42,12 @@ class Scores:
     """log pi_sft, nats: serves the reward and, with kl_ref=sft, the KL term."""
     base: Tensor
     """log pi_base, nats."""
-    value_units: Tensor | None
+    value_units: Tensor | None = None
     """What the critic says, in its own units; None without a critic."""
+    gains: Tensor | None = None
+    """All-action: what each state earns in the mean over the policy's next token, nats."""
+    frozen: FrozenStates | None = None
+    """All-action: what the update makes both frozen distributions of again."""
 
 
 def train_ppo(
@@ -89,7 +95,7 @@ def train_ppo(
                 scores = score_rollout(roles, rollout, config)
                 rewards = rewards_of(rollout, scores, config)
                 values = values_under(roles.critic, rollout, scores, rewards, config)
-                advantages, returns = advantages_of(rewards, values, rollout, config)
+                advantages, returns = advantages_of(rewards, values, scores, rollout, config)
                 metrics = describe(rollout, scores, values, returns, config)
 
             if not metrics["kl_ref"] <= config.max_kl:  # NaN stops it, too
@@ -104,7 +110,9 @@ def train_ppo(
                         "Raise ppo.max_kl, or look at the SFT model."
                     )
                 return f"{over}: stopped. The policy is kept as that step found it."
-            experience = Experience(rollout, scores.policy, values, advantages, returns)
+            experience = Experience(
+                rollout, scores.policy, values, advantages, returns, scores.frozen
+            )
             shuffle = generator(_seed(seed, "minibatches", step))
             with watch("update"), computing(config.compute, roles.policy.device):
                 metrics |= update(
@@ -135,6 +143,10 @@ def prompt_batch(prompts: list[list[int]], n: int, step: int, seed: int) -> list
 def score_rollout(roles: Roles, rollout: Rollout, config: PPOConfig) -> Scores:
     """Two frozen passes (sft, base); the policy's own numbers are the sampler's, if it can tell."""
     y, budget = rollout.sequences, config.max_tokens_per_batch
+    if config.estimator == "all_action":
+        frozen = frozen_states(roles, y, budget)
+        policy, sft, base, gains = score_all_actions(roles, y, frozen, config)
+        return Scores(policy, sft, base, gains=gains, frozen=frozen)
     policy, units = rollout.logprobs, rollout.value_units
     if not rollout.exact or (roles.critic and units is None):
         policy, units = score_with_values(roles.policy, roles.critic, y, budget)
@@ -169,10 +181,19 @@ def values_under(
 
 
 def advantages_of(
-    rewards: Tensor, values: Tensor, rollout: Rollout, config: PPOConfig
+    rewards: Tensor, values: Tensor, scores: Scores, rollout: Rollout, config: PPOConfig
 ) -> tuple[Tensor, Tensor]:
-    """Advantages and returns, both (N, T); whitening is over the whole rollout."""
+    """Advantages and returns, both (N, T); whitening is over the whole rollout.
+
+    All-action: what comes after each token, with and without its baseline.
+    """
     mask = rollout.sequences.mask
+    if scores.gains is not None:
+        penalty = -config.missing_eos_penalty * (~rollout.ended).float()
+        future = future_gains(scores.gains, mask, config.gamma, penalty)
+        alone = config.responses_per_prompt == 1
+        group = len(mask) if alone else config.responses_per_prompt
+        return leave_one_out_per_token(future, mask, group), future
     if config.estimator == "rloo":
         whole = masked_sum(rewards, mask, dim=1)
         returns = torch.where(mask, whole[:, None], 0.0)

@@ -7,6 +7,7 @@ import io
 import math
 import time
 import warnings
+from collections.abc import Sequence
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -36,7 +37,7 @@ IGNORED = -100  # label of tokens without loss: the prompt
 def train_sft(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    examples: list[Example],
+    examples: Sequence[Example],
     config: SFTConfig,
     *,
     seed: int,

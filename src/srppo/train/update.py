@@ -10,15 +10,17 @@ from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 from torch.optim import AdamW
 
+from srppo.algo.all_action import all_action_loss, soft_rewards
 from srppo.algo.kl import k3
 from srppo.algo.logprobs import token_logprobs
 from srppo.algo.loss import clip_fraction, clipped_policy_loss, clipped_value_loss
 from srppo.algo.masking import masked_mean
 from srppo.config import PPOConfig
-from srppo.models.batching import input_lengths, microbatches
+from srppo.models.batching import Batch, input_lengths, microbatches
 from srppo.models.roles import Roles
 from srppo.models.scoring import chunks, hidden_states, output_logits
 from srppo.rollout.sampler import Rollout
+from srppo.train.all_action import FrozenStates
 
 Metrics = dict[str, float]
 
@@ -35,6 +37,8 @@ class Experience:
     advantages: Tensor
     returns: Tensor
     """What the critic learns, nats."""
+    frozen: FrozenStates | None = None
+    """All-action: what both frozen models say about every token."""
 
 
 class Optimizers:
@@ -135,15 +139,11 @@ def accumulate(
             with torch.set_grad_enabled(policy_too):
                 hidden = hidden_states(policy, batch)
             if policy_too:
-                logprobs, advantages = (
-                    batch.take(experience.logprobs),
-                    batch.take(experience.advantages),
-                )
                 parts, grads = [], []
                 for some in chunks(policy, batch):
                     head = hidden[some].detach().requires_grad_()
-                    part = token_logprobs(output_logits(policy, head), batch.response_ids[some])
-                    loss = clipped_policy_loss(part, logprobs[some], advantages[some], config.clip)
+                    logits = output_logits(policy, head)
+                    loss, part = token_losses(roles, experience, batch, some, logits, config)
                     loss = loss.sum() / n_tokens
                     loss.backward()
                     losses.append(loss.detach())
@@ -168,6 +168,26 @@ def accumulate(
             "update_kl": float(masked_mean(k3(old, new[rows]), mask)),
         }
     return metrics
+
+
+def token_losses(
+    roles: Roles,
+    experience: Experience,
+    batch: Batch,
+    some: slice,
+    logits: Tensor,
+    config: PPOConfig,
+) -> tuple[Tensor, Tensor]:
+    """The policy's loss at a chunk of a batch's tokens, and their logprobs; (n,) each."""
+    ids = batch.response_ids[some]
+    old, advantages = (batch.take(x)[some] for x in (experience.logprobs, experience.advantages))
+    if experience.frozen is None:
+        logprobs = token_logprobs(logits, ids)
+        return clipped_policy_loss(logprobs, old, advantages, config.clip), logprobs
+    sft_logits, base_logits = experience.frozen.logits(roles, batch, some)
+    beta, ref, bound = config.kl_coef, config.kl_ref, config.token_clip
+    soft = soft_rewards(sft_logits, base_logits, beta, ref, bound)
+    return all_action_loss(logits, soft, ids, old, advantages, beta, config.clip)
 
 
 def generator(seed: int) -> torch.Generator:

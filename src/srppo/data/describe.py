@@ -1,0 +1,88 @@
+"""A report of `reporting` as text: for the terminal, the run directory and the page."""
+
+from collections.abc import Mapping
+from typing import Any
+
+BAR = 40
+"""Columns of the longest bar."""
+NAMED = 8
+"""Rows named in the text for each reason."""
+OPEN, CLOSE = "⟦", "⟧"
+"""Around the tokens that are trained on."""
+
+
+def describe(report: Mapping[str, Any], unit: str = "tokens") -> str:
+    """Counts, reasons, lengths and first examples of one set, as data.json has them."""
+    lines = [
+        f"{report['source']}: {report['used']} of {report['rows']} rows used"
+        + _also(report, "examples", "demonstrations", report["used"])
+        + _also(report, "skipped", "passed over")
+        + _also(report, "not_needed", "not needed"),
+        f"  columns: {', '.join(f'{k} ({n})' for k, n in report['schemas'].items()) or 'none'}",
+        f"  chat template: {report['template']}",
+    ]
+    for reason, count in sorted(report["dropped"].items(), key=lambda item: -item[1]):
+        lines.append(f"  dropped {count}: {reason}, rows {_named(report, reason, count)}")
+    for reason, count in report["turns_dropped"].items():
+        lines.append(f"  turns without loss {count}: {reason}")
+    if report["truncated"]:
+        lines.append(f"  responses cut: {report['truncated']}; they have no EOS")
+    for name in ("prompt", "response"):
+        lines += _histogram(name, report[f"{name}_tokens"], unit)
+    between = "│" if unit == "tokens" else ""
+    if report["first"]:
+        trained = f"; {OPEN}trained on{CLOSE}" if report["response_tokens"] else ""
+        lines.append("  first examples as the model sees them" + trained)
+    for example in report["first"]:
+        lines += ["", f"row {example['row']}", between.join(example["prompt"])]
+        if example["response"]:
+            lines[-1] += OPEN + between.join(example["response"]) + CLOSE
+    return "\n".join(lines) + "\n"
+
+
+def describe_all(reports: Mapping[str, Any]) -> str:
+    """data.json as text."""
+    texts = {
+        role: describe_overlap(report) if role == "overlap" else describe(report)
+        for role, report in reports.items()
+    }
+    return "\n".join(f"== {role}\n{text}" for role, text in texts.items())
+
+
+def describe_overlap(overlap: Mapping[str, Any]) -> str:
+    """Which prompts of stage 2 and of the evaluation were seen before."""
+    seen = overlap["contamination"]
+    lines = [
+        f"prompts of stage 2 ({overlap['setting']}): of {overlap['of']}, {overlap['exact']} are "
+        f"those of demonstrations exactly, {overlap['ngram']} by 8-grams"
+    ]
+    for name, what in (("demonstrations", "demonstrations"), ("prompts", "prompts of stage 2")):
+        lines.append(
+            f"evaluation: of {seen['of']} prompts, {seen[name]['exact']} are among the {what} "
+            f"exactly, {seen[name]['ngram']} by 8-grams"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def _also(report: Mapping[str, Any], key: str, words: str, unless: int = 0) -> str:
+    return f", {report[key]} {words}" if report[key] not in (0, unless) else ""
+
+
+def _named(report: Mapping[str, Any], reason: str, count: int) -> str:
+    places = report["dropped_rows"][reason][:NAMED]
+    return ", ".join(map(str, places)) + (f" and {count - len(places)} more" * (count > NAMED))
+
+
+def _histogram(name: str, lengths: Mapping[str, Any], unit: str) -> list[str]:
+    if not lengths:
+        return []
+    lines = [
+        f"  {name}s, {unit}: {lengths['min']} to {lengths['max']}, median "
+        f"{lengths['median']:g}, mean {lengths['mean']:.1f}"
+    ]
+    most = max(count for _, _, count in lengths["bars"])
+    width = len(f"{lengths['max']}")
+    for low, high, count in lengths["bars"]:
+        bar = "█" * round(BAR * count / most) or "▏" * bool(count)
+        lines.append(f"    {low:>{width}} to {high:>{width}} {bar} {count}")
+    return lines

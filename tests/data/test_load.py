@@ -1,0 +1,179 @@
+"""What a run reads: roles of the sources, what is held out, and the overlap by hand."""
+
+import json
+import tracemalloc
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from transformers import PreTrainedTokenizerFast
+
+from loading import opened
+from srppo.config import Recipe, parse_recipe
+from srppo.data.demonstrations import read_demonstrations
+from srppo.data.load import Data, fingerprint, read_data
+
+Write = Callable[[list[Any]], str]
+WORDS = "one two three four five six seven eight nine"
+ROWS = [{"prompt": f"{WORDS} {i}", "response": f"r{i}", "group": str(i)} for i in range(40)]
+
+
+def recipe(data: dict[str, Any], **settings: Any) -> Recipe:
+    tree = {"name": "n", "output_dir": "o", "model": {"base": "b"}, "data": data, **settings}
+    return parse_recipe(tree)
+
+
+@pytest.fixture
+def read(plain_tokenizer: PreTrainedTokenizerFast) -> Callable[..., Data]:
+    def read(data: dict[str, Any], **settings: Any) -> Data:
+        return read_data(recipe(data, **settings), plain_tokenizer)
+
+    return read
+
+
+def groups(items: Any) -> list[str]:
+    return [item.meta["group"] for item in items]
+
+
+def test_same_prompts(read: Callable[..., Data], write: Write):
+    source = write(ROWS)
+    data = read({"demonstrations": source, "demonstrations_limit": 10, "held_out": 5})
+    assert groups(data.prompts) == groups(data.train)
+    assert len(data.train) == 10
+    assert len(data.held_out) == 5
+    explicit = read(
+        {
+            "demonstrations": source,
+            "demonstrations_limit": 10,
+            "held_out": 5,
+            "overlap": "same",
+            "prompts_limit": 4,
+        }
+    )
+    assert groups(explicit.prompts) == groups(data.train)[:4]
+    overlap = data.reports["overlap"]
+    assert overlap["setting"] == "same"
+    assert (overlap["of"], overlap["exact"], overlap["ngram"]) == (10, 10, 10)
+    assert overlap["evaluated"] == 0
+
+
+def test_disjoint_prompts_of_the_same_set(read: Callable[..., Data], write: Write):
+    source = write([*ROWS, "no row", *ROWS[:5]])
+    settings = {"demonstrations": source, "demonstrations_limit": 10, "held_out": 5}
+    data = read({**settings, "overlap": "disjoint"})
+    taken = set(groups(data.train)) | set(groups(data.held_out))
+    assert len(taken) == 15
+    assert set(groups(data.prompts)) == {str(i) for i in range(40)} - taken
+    assert len(data.prompts) == 25
+    overlap = data.reports["overlap"]
+    assert (overlap["setting"], overlap["of"], overlap["exact"]) == ("disjoint", 25, 0)
+    assert overlap["ngram"] == 25  # half of the grams are the words that all have in common
+
+
+def test_prompts_of_another_set_and_contamination(
+    read: Callable[..., Data], write: Write, tmp_path: Any
+):
+    other = tmp_path / "other.jsonl"
+    new = [{"prompt": f"a wholly different question about number {i}"} for i in range(6)]
+    other.write_text("".join(json.dumps(r) + "\n" for r in [*new, {"prompt": ROWS[0]["prompt"]}]))
+    test = tmp_path / "test.jsonl"
+    questions = [ROWS[1]["prompt"], f"{WORDS} unheard", "a wholly new one", new[0]["prompt"]]
+    test.write_text("".join(json.dumps({"prompt": q}) + "\n" for q in questions))
+    data = read(
+        {"demonstrations": write(ROWS), "held_out": 0, "prompts": str(other)},
+        eval={"prompts": str(test), "split": "test"},
+    )
+    overlap = data.reports["overlap"]
+    assert overlap == {
+        "setting": "other",
+        "of": 7,
+        "exact": 1,
+        "ngram": 1,
+        "evaluated": 1,
+        "contamination": {
+            "of": 4,
+            "demonstrations": {"exact": 1, "ngram": 2},
+            "prompts": {"exact": 1, "ngram": 3},
+        },
+    }
+
+
+TALKS = [
+    {
+        "messages": [
+            {"role": role, "content": f"{role} {i} {k}"}
+            for k in range(3)
+            for role in ("user", "assistant")
+        ],
+        "group": str(i),
+    }
+    for i in range(20)
+]
+
+
+def test_conversations_are_held_out_whole_and_ppo_starts_from_last_turns(
+    read: Callable[..., Data], write: Write
+):
+    data = read({"demonstrations": write(TALKS), "demonstrations_limit": 12, "held_out": 4})
+    assert len(data.train) == 36
+    assert len(set(groups(data.train))) == 12
+    assert len(data.held_out) == len(set(groups(data.held_out))) == 4
+    assert not set(groups(data.held_out)) & set(groups(data.train))
+    assert all(e.final for e in data.held_out)
+    assert len(data.prompts) == 12
+    assert all(prompt.text.count("<|user|>") == 3 for prompt in data.prompts)
+    last = read(
+        {
+            "demonstrations": write(TALKS),
+            "demonstrations_limit": 12,
+            "held_out": 4,
+            "assistant_turns": "last",
+        }
+    )
+    assert groups(last.train) == groups(data.train)[::3]
+    assert [p.ids for p in last.prompts] == [p.ids for p in data.prompts]
+    assert [e.prompt_ids for e in last.held_out] == [e.prompt_ids for e in data.held_out]
+
+
+def test_the_fingerprint_knows_ids_and_roles(read: Callable[..., Data], write: Write):
+    data = read({"demonstrations": write(ROWS), "held_out": 4})
+    again = read({"demonstrations": write(ROWS), "held_out": 4})
+    assert fingerprint(data) == fingerprint(again)
+    swapped = Data(data.held_out, list(data.train), data.prompts, [], [])
+    fewer = Data(data.train, data.held_out, data.prompts[1:], [], [])
+    assert len({fingerprint(d) for d in (data, swapped, fewer)}) == 3
+
+
+def test_columns_of_the_recipe_reach_every_source(read: Callable[..., Data], write: Write):
+    rows = [{"Q": row["prompt"], "A": row["response"]} for row in ROWS]
+    source = write(rows)
+    data = read(
+        {
+            "demonstrations": [{"source": source, "limit": 20}],
+            "prompts": source,
+            "held_out": 0,
+            "columns": {"prompt": "Q", "response": "A"},
+        }
+    )
+    assert (len(data.train), len(data.prompts)) == (20, 40)
+
+
+def test_demonstrations_do_not_stay_in_memory(
+    plain_tokenizer: PreTrainedTokenizerFast, write: Write
+):
+    """8 MB of rows and 3 million ids, which as lists take more than 24 MB."""
+    source = write([{"prompt": f"{i}", "response": "12 " * 1000} for i in range(1500)] * 2)
+    tracemalloc.start()
+    examples, report = read_demonstrations(
+        opened(source, 0, {}),
+        plain_tokenizer,
+        max_prompt_tokens=5000,
+        max_response_tokens=5000,
+        limit=None,
+        seed=0,
+    )
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert (len(examples), report.dropped) == (1500, {"duplicate": 1500})
+    assert sum(len(e.response_ids) for e in examples[::100]) * 100 > 1_400_000
+    assert peak < 4_000_000
