@@ -72,24 +72,16 @@ MODELS: dict[str, dict[str, Any]] = {
 """What of a config.json decides sizes. The model's own file, where it is there, counts instead."""
 
 ROWS = {
-    "tulu-v2-mix": 326_154,
     "allenai/tulu-v2-sft-mixture": 326_154,
-    "ultrafeedback": 63_967,
     "openbmb/UltraFeedback": 63_967,
-    "ultrafeedback-binarized": 61_135,
     "HuggingFaceH4/ultrafeedback_binarized": 61_135,
-    "ultrachat-200k": 207_865,
     "HuggingFaceH4/ultrachat_200k": 207_865,
-    "alpaca": 52_002,
     "tatsu-lab/alpaca": 52_002,
-    "dolly": 15_011,
     "databricks/databricks-dolly-15k": 15_011,
-    "gsm8k": 7_473,
     "openai/gsm8k:main": 7_473,
-    "hh-rlhf": 160_800,
     "Anthropic/hh-rlhf": 160_800,
 }
-"""Rows of the split that is trained on, as the data sets' cards say; none of them is dropped yet."""
+"""Rows of the split that is trained on, as the data sets' cards say; none is dropped yet."""
 
 
 @dataclass(frozen=True)

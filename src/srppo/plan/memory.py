@@ -107,8 +107,7 @@ class _Sizes:
         layer = 1 + 1 / self.model.layers  # a layer that grows is copied
         return self._resident(
             "rollout",
-            activations=self._layer(one_pass, rows * self.prompt)
-            + one_pass.constant,
+            activations=self._layer(one_pass, rows * self.prompt) + one_pass.constant,
             logits=SAMPLING_BYTES * rows * self.model.vocabulary,
             cache=rows * cached * layer,
         )
@@ -129,7 +128,8 @@ class _Sizes:
         rows = min(ppo.minibatch_size, ppo.rollouts_per_step)
         tokens = min(rows * self.longest, max(ppo.max_tokens_per_batch, self.longest))
         kept = self._kept(one_pass, tokens, ppo.gradient_checkpointing) + one_pass.constant
-        return self._training("update", self._resident(""), kept, self.chunk, temporary=True)
+        logits = self.chunk * (3 if ppo.estimator == "all_action" else 1)  # of both frozen, too
+        return self._training("update", self._resident(""), kept, logits, temporary=True)
 
     def _training(
         self, name: str, held: Phase, kept: float, logits: float, temporary: bool
@@ -152,13 +152,13 @@ class _Sizes:
     def _resident(self, name: str, visiting: bool = False, **parts: float) -> Phase:
         """What stage 2 holds all the time, and `parts`."""
         model, adapter = self.recipe.model, FLOAT * self.model.trained
-        whole = self.model.weights * BYTES[model.dtype]
+        frozen = self.backbone
         if not model.lora:
-            frozen = whole * ((1 if visiting else 0) if model.offload else 2)
-        elif not self.whole_sft:
-            frozen = self.backbone + adapter
+            frozen *= (1 if visiting else 0) if model.offload else 2
+        elif self.whole_sft:
+            frozen *= 1 if model.offload and not visiting else 2
         else:
-            frozen = self.backbone * (2 if visiting or not model.offload else 1)
+            frozen += adapter
         return Phase(
             name, frozen=frozen, trained=adapter, optimizer=2 * FLOAT * self.model.trained, **parts
         )

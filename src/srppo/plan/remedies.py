@@ -26,7 +26,7 @@ class Remedy:
     @property
     def overrides(self) -> str:
         """As they stand on a command line."""
-        return " ".join(f"{key}={_text(value)}" for key, value in self.changes.items())
+        return " ".join(_override(key, value) for key, value in self.changes.items())
 
 
 def alternatives(recipe: Recipe, longest: int) -> list[list[Changes]]:
@@ -37,10 +37,8 @@ def alternatives(recipe: Recipe, longest: int) -> list[list[Changes]]:
     """
     model, sft, ppo = recipe.model, recipe.sft, recipe.ppo
     found: list[list[Changes]] = []
-    again = {"sft.gradient_checkpointing": sft, "ppo.gradient_checkpointing": ppo}
-    off = {key: True for key, section in again.items() if not section.gradient_checkpointing}
-    if off:
-        found.append([off])
+    if not (sft.gradient_checkpointing and ppo.gradient_checkpointing):
+        found.append([{"sft.gradient_checkpointing": True, "ppo.gradient_checkpointing": True}])
     smaller: list[Changes] = []
     rows, tokens = min(sft.micro_batch_size, sft.batch_size), ppo.max_tokens_per_batch
     while rows > 1 or tokens > longest:
@@ -51,7 +49,7 @@ def alternatives(recipe: Recipe, longest: int) -> list[list[Changes]]:
         found.append(smaller)
     if model.dtype == "float32":
         found.append([{"model.dtype": "bfloat16"}])
-    if not model.offload:
+    if not model.offload and ppo.estimator != "all_action":  # which cannot be combined
         found.append([{"model.offload": True}])
     if not model.lora:
         found.append([{"model.lora": {"rank": 16}}])
@@ -97,7 +95,7 @@ def changed(recipe: Recipe, changes: Changes) -> Recipe:
     return parse_recipe(tree)
 
 
-def _text(value: Any) -> str:
+def _override(key: str, value: Any) -> str:
     if isinstance(value, dict):
-        return "{" + ", ".join(f"{k}: {_text(v)}" for k, v in value.items()) + "}"
-    return str(value).lower() if isinstance(value, bool) else str(value)
+        return " ".join(_override(f"{key}.{k}", v) for k, v in value.items())
+    return f"{key}={str(value).lower() if isinstance(value, bool) else value}"

@@ -10,13 +10,14 @@ from dataclasses import dataclass, replace
 from glob import glob
 from pathlib import Path
 from statistics import mean
-from typing import Any
 
 import torch
 
 from srppo.config import PPOConfig, Recipe, SFTConfig
+from srppo.config_data import SourceConfig
 from srppo.data.chat import apply_template
 from srppo.data.load import Data, read_data
+from srppo.data.presets import PRESETS
 from srppo.errors import ConfigError
 from srppo.models.load import load_tokenizer, pick_device
 from srppo.models.precision import Compute, computing
@@ -43,7 +44,7 @@ class Work:
     """In the mean."""
     response_tokens: float
     longest: tuple[int, int] | None
-    """Tokens of the longest demonstration, prompt included, and of the longest prompt of stage 2."""
+    """Tokens of the longest demonstration with its prompt, and of stage 2's longest prompt."""
     origin: str
     """Where the numbers are from."""
 
@@ -66,33 +67,32 @@ def work(recipe: Recipe) -> Work:
     Raises:
         SrppoError: data that is here and that the run could not use.
     """
-    settings = recipe.model_dump(mode="json")
-    sources = [
-        settings["data"]["demonstrations"],
-        settings["data"]["prompts"],
-        settings["eval"]["prompts"],
-    ]
+    data, measured = recipe.data, recipe.eval.prompts
+    sources = [*(data.demonstrations or []), *(data.prompts or [])]
+    names = [s.source for s in sources] + ([measured] if measured else [])
     directory = local_directory(recipe.model.base)
     readable = directory and (Path(directory) / "tokenizer_config.json").is_file()
-    if directory and readable and all(_is_here(s) for some in sources for s in _listed(some)):
+    if directory and readable and all(map(_is_here, names)):
         tokenizer = load_tokenizer(directory)
         apply_template(tokenizer)
         return _counted(read_data(recipe, tokenizer), recipe)
-    data = recipe.data
-    rows, asked = _rows(sources[0]), _rows(sources[1])
-    kept = None if rows is None else max(0, rows - data.held_out)
-    trained = _at_most(kept, data.demonstrations_limit)
-    prompts = _at_most(asked if sources[1] else trained, data.prompts_limit)
-    measured = _rows(sources[2]) if sources[2] else rows and min(rows, data.held_out)
+    rows, asked = _rows(data.demonstrations), _rows(data.prompts)
+    trained = None if rows is None else max(0, rows - data.held_out)
+    trained = _at_most(trained, data.demonstrations_limit)
+    if data.stage_2_prompts == "same":
+        asked = trained
+    elif data.stage_2_prompts == "disjoint" and rows is not None and trained is not None:
+        asked = rows - data.held_out - trained
+    held_out = _at_most(rows, data.held_out)
     return Work(
         demonstrations=trained,
-        prompts=prompts,
-        evaluated=_at_most(measured, recipe.eval.limit),
+        prompts=_at_most(asked, data.prompts_limit),
+        evaluated=_at_most(_known(measured) if measured else held_out, recipe.eval.limit),
         prompt_tokens=data.max_prompt_tokens / 2,
         response_tokens=data.max_response_tokens / 2,
         longest=None,
-        origin="rows as the data sets' cards say, each a demonstration; lengths not known here: "
-        "half of data.max_prompt_tokens and data.max_response_tokens assumed in the mean",
+        origin="rows as the data sets' cards say, each with one response, none dropped. Lengths "
+        "are not known here: half of data.max_prompt_tokens and data.max_response_tokens assumed",
     )
 
 
@@ -112,24 +112,22 @@ def _counted(data: Data, recipe: Recipe) -> Work:
     )
 
 
-def _listed(sources: Any) -> list[dict[str, Any]]:
-    """A setting's sources, one dictionary each; a string is a source without settings."""
-    several = sources if isinstance(sources, list) else [sources]
-    return [{"source": s} if isinstance(s, str) else s for s in several if s]
-
-
-def _is_here(source: dict[str, Any]) -> bool:
-    place = source["source"].split("=", 1)[-1]
+def _is_here(source: str) -> bool:
+    place = source.split("=", 1)[-1]
     return place.startswith("python:") or bool(glob(str(Path(place).expanduser())))
 
 
-def _rows(sources: Any) -> int | None:
+def _rows(sources: list[SourceConfig] | None) -> int | None:
     """Of all sources together; None if one is not known, or shares of them are asked for."""
-    listed = _listed(sources)
-    rows = [_at_most(ROWS.get(s["source"].split("@")[0]), s.get("limit")) for s in listed]
+    rows = [_at_most(_known(s.source), s.limit) for s in sources or []]
     known = [n for n in rows if n is not None]
-    shares = any(s.get("weight") for s in listed)
-    return None if not listed or shares or len(known) < len(rows) else sum(known)
+    shares = any(s.weight for s in sources or [])
+    return None if not rows or shares or len(known) < len(rows) else sum(known)
+
+
+def _known(source: str) -> int | None:
+    name = source.split("@")[0]
+    return ROWS.get(PRESETS[name].source if name in PRESETS else name)
 
 
 def _at_most(n: int | None, limit: int | None) -> int | None:
@@ -192,7 +190,7 @@ class Clock:
         once = step_flops(self.sizes.shape, *self.lengths)
         dtype = self.recipe.model.dtype
         each = sum(
-            self._decoding(replace_compute(self.recipe.ppo, dtype), n * d)
+            self._decoding(self.recipe.ppo.model_copy(update={"compute": dtype}), n * d)
             + n * d * self._hours(once.rollout + once.scoring, dtype)
             for d in draws
         )
@@ -215,11 +213,6 @@ class Clock:
 
     def _hours(self, operations: int, products: Compute) -> float:
         return operations / (SHARE * float(getattr(self.device, products))) / 3600
-
-
-def replace_compute(config: PPOConfig, compute: Compute) -> PPOConfig:
-    """The same settings, multiplied in this format."""
-    return config.model_copy(update={"compute": compute})
 
 
 def find_device(recipe: Recipe, gpu: str | None, memory: str | None) -> Device:
@@ -275,4 +268,3 @@ def _bandwidth(place: torch.device) -> float:
         return time.monotonic() - started
 
     return x.nbytes / min(seconds() for _ in range(3))
-
