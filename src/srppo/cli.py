@@ -19,7 +19,8 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     help="Align a language model from demonstrations alone, with Self-Rewarding PPO.",
-    epilog="Exit codes: 0 done, 2 unusable input (the message says why), 130 interrupted.",
+    epilog="Exit codes: 0 done, 1 a sweep's run failed, 2 unusable input (the message says why), "
+    "130 interrupted.",
 )
 
 RecipePath = Annotated[
@@ -52,7 +53,8 @@ def run(
     from srppo.report.terminal import result_table
 
     if dry_run:
-        return _plan(recipe, overrides, gpu, memory)
+        _plan(recipe, overrides, gpu, memory)
+        return
     if gpu or memory:
         raise ConfigError(
             f"{'--gpu' if gpu else '--memory'} without --dry-run has no effect on a run. Add "
@@ -89,6 +91,26 @@ def ppo(recipe: RecipePath, overrides: Overrides = None) -> None:
     this = _start(recipe, overrides)
     model = this.ppo()
     typer.echo(f"Model:  {model}\nReport: {this.report()}")
+
+
+@app.command()
+def sweep(
+    recipe: RecipePath,
+    settings: Annotated[
+        list[str],
+        typer.Argument(metavar="KEY=VALUE,VALUE...", help="ppo.kl_coef=0.2,0.5; or one value."),
+    ],
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list the runs.")] = False,
+) -> None:
+    """Every combination of settings, one run after the other; the same command goes on."""
+    from srppo import sweep as grids
+    from srppo.progress import stdout
+
+    points = grids.grid(recipe, settings)
+    if dry_run:
+        grids.show_grid(points, stdout())
+    elif not grids.sweep(recipe, points, stdout()):
+        raise typer.Exit(1)
 
 
 @app.command()

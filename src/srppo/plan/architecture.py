@@ -12,7 +12,8 @@ from huggingface_hub import try_to_load_from_cache
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.pytorch_utils import Conv1D
 
 from srppo.config import ModelConfig
@@ -23,8 +24,12 @@ from srppo.models.precision import Compute
 from srppo.plan.known import MODELS
 from srppo.train.cost import Shape
 
-TRACED = 128
-"""Tokens of a traced pass, and twice as many: few, for the trace knows no fused attention mask."""
+TRACED = 64
+"""Tokens of a traced pass, and twice as many."""
+UNMASKED = "srppo-unmasked"
+"""Attention as in a batch without padding. transformers makes a mask for tensors without contents,
+which no run has; for a kind of attention that it does not know it makes none."""
+AttentionInterface.register(UNMASKED, sdpa_attention_forward)
 
 
 @dataclass(frozen=True)
@@ -100,8 +105,8 @@ class Blueprint:
 
     def saved(self, model: ModelConfig, compute: Compute) -> Saved:
         """By torch's own autograd, on tensors without contents: what it holds on to, each storage
-        once. Two lengths tell what grows with tokens from what does not. Quantised layers count as
-        if they were in `model.dtype`, which is what they multiply in."""
+        once. Two lengths tell what grows with tokens from what does not. Dropout is off. Quantised
+        layers count as if they were in `model.dtype`, which is what they multiply in."""
         key = _key(model), compute
         if key not in self._saved:
             one, two = (_saved_by(self.config, model, compute, n * TRACED) for n in (1, 2))
@@ -141,9 +146,9 @@ def _empty(config: Any, model: ModelConfig) -> PreTrainedModel:
     dtype = model.dtype if model.lora else "float32"
     with torch.device("meta"):
         made: PreTrainedModel = AutoModelForCausalLM.from_config(
-            config, dtype=getattr(torch, dtype)
+            config, dtype=getattr(torch, dtype), attn_implementation=UNMASKED
         )
-    return made
+    return made.eval()
 
 
 def _trained(made: PreTrainedModel, model: ModelConfig) -> PreTrainedModel:

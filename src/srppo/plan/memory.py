@@ -94,7 +94,7 @@ class _Sizes:
             "stage 1",
             Phase("", frozen, FLOAT * self.model.trained, optimizer=state),
             self._kept(one_pass, tokens, config.gradient_checkpointing),
-            FLOAT * min(TILE[0], tokens) * TILE[1] * (1 if self.gpu else LOGIT_COPIES),
+            self._tile(tokens),
             temporary=config.optimizer == "adamw",
         )
 
@@ -182,6 +182,13 @@ class _Sizes:
         """Logits in hand at a time."""
         elements = GPU_CHUNK_ELEMENTS if self.gpu else CPU_CHUNK_ELEMENTS
         return LOGIT_COPIES * FLOAT * max(elements, self.model.vocabulary)
+
+    def _tile(self, tokens: int) -> float:
+        """Of TRL's head: one tile on a GPU, whose kernels need no more; else some more of it."""
+        rows, columns = min(TILE[0], tokens), TILE[1]
+        if self.gpu:
+            return FLOAT * rows * columns
+        return LOGIT_COPIES * FLOAT * rows * min(columns, self.model.vocabulary)
 
     def _kept(self, one_pass: Saved, tokens: int, checkpointing: bool) -> float:
         """By a forward pass for its backward pass, and what that has in hand of one layer."""

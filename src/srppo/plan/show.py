@@ -125,7 +125,8 @@ def _rates(device: Device) -> str:
         f"Time on {device.name}: {SHARE:.0%} of its products' rate assumed, which {how} is "
         f"{_short(device.float32)} operations/s in float32 and {_short(device.bfloat16)} in "
         "bfloat16; models below 10 M weights reach half of that. Sampling reads all weights for "
-        "each token, and a batch lasts as long as data.max_response_tokens. Loading, audit and evaluation during training are left out."
+        "each token, and a batch lasts as long as data.max_response_tokens. Loading, audit and "
+        "evaluation during training are left out."
     )
 
 
