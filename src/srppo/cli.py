@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from srppo.errors import SrppoError
+from srppo.errors import ConfigError, SrppoError
 
 if TYPE_CHECKING:
     from srppo.pipeline import Run
@@ -19,7 +19,8 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     help="Align a language model from demonstrations alone, with Self-Rewarding PPO.",
-    epilog="Exit codes: 0 done, 2 unusable input (the message says why), 130 interrupted.",
+    epilog="Exit codes: 0 done, 1 a sweep's run failed, 2 unusable input (the message says why), "
+    "130 interrupted.",
 )
 
 RecipePath = Annotated[
@@ -33,11 +34,32 @@ RunDirs = Annotated[list[Path], typer.Argument(metavar="RUN_DIR...", help="Finis
 
 
 @app.command()
-def run(recipe: RecipePath, overrides: Overrides = None) -> None:
+def run(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only say what it would do, take and need.")
+    ] = False,
+    gpu: Annotated[
+        str | None,
+        typer.Option(help="With --dry-run: plan for this one, as H100; else for this machine."),
+    ] = None,
+    memory: Annotated[
+        str | None, typer.Option(help="With --dry-run: what it has to fit into, as 80GB.")
+    ] = None,
+) -> None:
     """Both stages, evaluation and report."""
     from srppo.progress import stdout
     from srppo.report.terminal import result_table
 
+    if dry_run:
+        _plan(recipe, overrides, gpu, memory)
+        return
+    if gpu or memory:
+        raise ConfigError(
+            f"{'--gpu' if gpu else '--memory'} without --dry-run has no effect on a run. Add "
+            "--dry-run, or leave it out and set model.device."
+        )
     this = _start(recipe, overrides)
     results = this.all()
     if results["rows"]:
@@ -69,6 +91,26 @@ def ppo(recipe: RecipePath, overrides: Overrides = None) -> None:
     this = _start(recipe, overrides)
     model = this.ppo()
     typer.echo(f"Model:  {model}\nReport: {this.report()}")
+
+
+@app.command()
+def sweep(
+    recipe: RecipePath,
+    settings: Annotated[
+        list[str],
+        typer.Argument(metavar="KEY=VALUE,VALUE...", help="ppo.kl_coef=0.2,0.5; or one value."),
+    ],
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list the runs.")] = False,
+) -> None:
+    """Every combination of settings, one run after the other; the same command goes on."""
+    from srppo import sweep as grids
+    from srppo.progress import stdout
+
+    points = grids.grid(recipe, settings)
+    if dry_run:
+        grids.show_grid(points, stdout())
+    elif not grids.sweep(recipe, points, stdout()):
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -130,6 +172,16 @@ def data_check(
         "max_response_tokens": max_response_tokens,
     }
     check(source, settings, columns, model=model, prompts=prompts, limit=limit, dropped=dropped)
+
+
+def _plan(recipe: str, overrides: list[str] | None, gpu: str | None, memory: str | None) -> None:
+    from srppo.config import load_recipe
+
+    checked = load_recipe(recipe, overrides)
+    from srppo.plan.show import show_plan
+    from srppo.progress import stdout
+
+    show_plan(checked, stdout(), gpu, memory)
 
 
 def _start(recipe: str, overrides: list[str] | None) -> Run:

@@ -1,0 +1,270 @@
+"""How much a run does: rows, tokens and steps, and the hours that they take on a device."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import time
+from dataclasses import dataclass, replace
+from glob import glob
+from pathlib import Path
+from statistics import mean
+
+import torch
+
+from srppo.config import PPOConfig, Recipe, SFTConfig
+from srppo.config_data import SourceConfig
+from srppo.data.chat import apply_template
+from srppo.data.load import Data, read_data
+from srppo.data.presets import PRESETS
+from srppo.errors import ConfigError
+from srppo.models.load import load_tokenizer, pick_device
+from srppo.models.precision import Compute, computing
+from srppo.plan.architecture import Architecture, local_directory
+from srppo.plan.known import GPUS, ROWS, Device
+from srppo.plan.memory import BYTES
+from srppo.train.cost import step_flops
+from srppo.train.pace import matmul_rate
+
+SHARE = 0.4
+"""Of the rate of matrix products that training and scoring reach: assumed."""
+CALL = 0.5e-3
+"""Seconds that a layer takes for one more token of each response, however few: assumed."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a run does; None: not known here."""
+
+    demonstrations: int | None
+    prompts: int | None
+    evaluated: int | None
+    prompt_tokens: float
+    """In the mean."""
+    response_tokens: float
+    longest: tuple[int, int] | None
+    """Tokens of the longest demonstration with its prompt, and of stage 2's longest prompt."""
+    origin: str
+    """Where the numbers are from."""
+
+    def sft_steps(self, config: SFTConfig) -> int | None:
+        """Optimizer steps of stage 1."""
+        n = self.demonstrations
+        return None if n is None else config.epochs * math.ceil(n / config.batch_size)
+
+    def ppo_steps(self, config: PPOConfig) -> int | None:
+        """Steps of stage 2, those of the critic alone included."""
+        per_step = config.rollouts_per_step // config.responses_per_prompt
+        steps = config.steps or (self.prompts and math.ceil(self.prompts / per_step))
+        extra = config.value_warmup_steps if config.estimator == "ppo" else 0
+        return steps + extra if steps else None
+
+
+def work(recipe: Recipe) -> Work:
+    """Counted where data and tokenizer are on this machine; else from what is known of the sets.
+
+    Raises:
+        SrppoError: data that is here and that the run could not use.
+    """
+    data, measured = recipe.data, recipe.eval.prompts
+    sources = [*(data.demonstrations or []), *(data.prompts or [])]
+    names = [s.source for s in sources] + ([measured] if measured else [])
+    directory = local_directory(recipe.model.base)
+    readable = directory and (Path(directory) / "tokenizer_config.json").is_file()
+    if directory and readable and all(map(_is_here, names)):
+        tokenizer = load_tokenizer(directory)
+        apply_template(tokenizer)
+        return _counted(read_data(recipe, tokenizer), recipe)
+    rows, asked = _rows(data.demonstrations), _rows(data.prompts)
+    trained = None if rows is None else max(0, rows - data.held_out)
+    trained = _at_most(trained, data.demonstrations_limit)
+    if data.stage_2_prompts == "same":
+        asked = trained
+    elif data.stage_2_prompts == "disjoint" and rows is not None and trained is not None:
+        asked = rows - data.held_out - trained
+    held_out = _at_most(rows, data.held_out)
+    return Work(
+        demonstrations=trained,
+        prompts=_at_most(asked, data.prompts_limit),
+        evaluated=_at_most(_known(measured) if measured else held_out, recipe.eval.limit),
+        prompt_tokens=data.max_prompt_tokens / 2,
+        response_tokens=data.max_response_tokens / 2,
+        longest=None,
+        origin="rows as the data sets' cards say, each with one response, none dropped. Lengths "
+        "are not known here: half of data.max_prompt_tokens and data.max_response_tokens assumed",
+    )
+
+
+def _counted(data: Data, recipe: Recipe) -> Work:
+    train = [(len(e.prompt_ids), len(e.response_ids)) for e in data.train]
+    asked = [len(p.ids) for p in data.prompts]
+    return Work(
+        demonstrations=len(train),
+        prompts=len(asked),
+        evaluated=len(data.eval_prompts),
+        prompt_tokens=mean([p for p, _ in train] + asked),
+        response_tokens=mean(r for _, r in train) if train else recipe.data.max_response_tokens / 2,
+        longest=(max((p + r for p, r in train), default=0), max(asked)),
+        origin="counted on this machine; responses taken to be as long as the demonstrations'"
+        if train
+        else "counted on this machine; responses half of data.max_response_tokens, assumed",
+    )
+
+
+def _is_here(source: str) -> bool:
+    place = source.split("=", 1)[-1]
+    return place.startswith("python:") or bool(glob(str(Path(place).expanduser())))
+
+
+def _rows(sources: list[SourceConfig] | None) -> int | None:
+    """Of all sources together; None if one is not known, or shares of them are asked for."""
+    rows = [_at_most(_known(s.source), s.limit) for s in sources or []]
+    known = [n for n in rows if n is not None]
+    shares = any(s.weight for s in sources or [])
+    return None if not rows or shares or len(known) < len(rows) else sum(known)
+
+
+def _known(source: str) -> int | None:
+    name = source.split("@")[0]
+    return ROWS.get(PRESETS[name].source if name in PRESETS else name)
+
+
+def _at_most(n: int | None, limit: int | None) -> int | None:
+    return n if n is None or limit is None else min(n, limit)
+
+
+@dataclass(frozen=True)
+class Hours:
+    """What a part takes; None: its amount of work is not known."""
+
+    rollout: float = 0
+    scoring: float = 0
+    training: float = 0
+
+    @property
+    def total(self) -> float:
+        """All of it."""
+        return self.rollout + self.scoring + self.training
+
+
+class Clock:
+    """Hours of a recipe's parts on a device. docs/plan.md has the formula in words."""
+
+    def __init__(self, recipe: Recipe, sizes: Architecture, amount: Work, device: Device) -> None:
+        self.recipe, self.sizes, self.amount, self.device = recipe, sizes, amount, device
+        self.whole = recipe.model.lora is None
+        self.lengths = [round(amount.prompt_tokens)], [max(1, round(amount.response_tokens))]
+
+    def sft(self, config: SFTConfig) -> Hours | None:
+        """Stage 1."""
+        n = self.amount.demonstrations
+        if n is None:
+            return None
+        once = step_flops(self.sizes.shape, *self.lengths, train_weights=self.whole)
+        again = once.rollout if config.gradient_checkpointing else 0
+        products: Compute = "float32" if self.whole else self.recipe.model.dtype
+        return Hours(training=n * config.epochs * self._hours(once.update + again, products))
+
+    def ppo(self, config: PPOConfig) -> Hours | None:
+        """Stage 2."""
+        steps = self.amount.ppo_steps(config)
+        if steps is None:
+            return None
+        once = step_flops(self.sizes.shape, *self.lengths, config.epochs, self.whole)
+        again = config.epochs * once.rollout if config.gradient_checkpointing else 0
+        n = steps * config.rollouts_per_step
+        return Hours(
+            rollout=steps * self._decoding(config, config.rollouts_per_step)
+            + n * self._hours(once.rollout, self._products(config)),
+            scoring=n * self._hours(once.scoring, self.recipe.model.dtype),
+            training=n * self._hours(once.update + again, self._products(config)),
+        )
+
+    def evaluation(self, models: int) -> Hours | None:
+        """Responses of so many models at every temperature."""
+        settings, n = self.recipe.eval, self.amount.evaluated
+        if n is None:
+            return None
+        draws = [1 if t == 0 else settings.samples_per_prompt for t in settings.temperatures]
+        once = step_flops(self.sizes.shape, *self.lengths)
+        dtype = self.recipe.model.dtype
+        each = sum(
+            self._decoding(self.recipe.ppo.model_copy(update={"compute": dtype}), n * d)
+            + n * d * self._hours(once.rollout + once.scoring, dtype)
+            for d in draws
+        )
+        return Hours(rollout=models * each)
+
+    def _decoding(self, config: PPOConfig, responses: int) -> float:
+        """A token of each of a batch's responses meets all weights once, until the longest ends."""
+        data = self.recipe.data
+        longest = self.amount.longest[1] if self.amount.longest else data.max_prompt_tokens
+        rows = max(1, config.max_tokens_per_batch // (longest + data.max_response_tokens))
+        calls = math.ceil(responses / rows) * data.max_response_tokens
+        weights = BYTES[self._products(config)] * self.sizes.weights
+        return calls * max(weights / self.device.bandwidth, CALL * self.sizes.layers) / 3600
+
+    def _products(self, config: PPOConfig) -> Compute:
+        """What the policy multiplies in."""
+        if config.compute == "bfloat16" or self.whole:
+            return config.compute
+        return self.recipe.model.dtype
+
+    def _hours(self, operations: int, products: Compute) -> float:
+        return operations / (SHARE * float(getattr(self.device, products))) / 3600
+
+
+def find_device(recipe: Recipe, gpu: str | None, memory: str | None) -> Device:
+    """The GPU that was named, or the recipe's device on this machine, measured.
+
+    Raises:
+        ConfigError: no such GPU in the table; `memory` is not a size.
+    """
+    if gpu and gpu not in GPUS:
+        raise ConfigError(
+            f"--gpu {gpu} is not in srppo's table, so its rates are not known. Name one of "
+            f"{', '.join(GPUS)}, or leave it out to measure this machine."
+        )
+    device = GPUS[gpu] if gpu else _this_machine(pick_device(recipe.model.device))
+    return replace(device, memory=parse_bytes(memory)) if memory else device
+
+
+def parse_bytes(text: str) -> float:
+    """`80GB`, `24GiB`, `500 MB`: bytes."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT])(i?)B?\s*", text, re.IGNORECASE)
+    if not match:
+        raise ConfigError(
+            f"--memory {text!r} is not a size: nothing can be held against it. Write, for example, "
+            "80GB or 24GiB."
+        )
+    number, prefix, binary = match.groups()
+    return float(number) * (1024 if binary else 1000) ** (" KMGT".index(prefix.upper()))
+
+
+def _this_machine(place: torch.device) -> Device:
+    with computing("float32", place):
+        float32 = matmul_rate(place)
+    with computing("bfloat16", place):
+        bfloat16 = matmul_rate(place)
+    if place.type == "cuda":
+        name = torch.cuda.get_device_name(place)
+        memory = torch.cuda.get_device_properties(place).total_memory
+    else:
+        name = f"this machine's CPU, {torch.get_num_threads()} threads"
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return Device(
+        name, memory, float32, bfloat16, _bandwidth(place), measured=True, gpu=place.type != "cpu"
+    )
+
+
+def _bandwidth(place: torch.device) -> float:
+    """Bytes per second that memory gives: of a sum over 256 MiB, the best of three."""
+    x = torch.ones(1 << 26, device=place)
+
+    def seconds() -> float:
+        started = time.monotonic()
+        float(x.sum())  # waits for a GPU
+        return time.monotonic() - started
+
+    return x.nbytes / min(seconds() for _ in range(3))

@@ -1,0 +1,163 @@
+"""A grid of runs: one after the other, each in a process and a directory of its own."""
+
+from __future__ import annotations
+
+import itertools
+import re
+import subprocess
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from srppo.config import Recipe, load_recipe
+from srppo.errors import ConfigError
+from srppo.report.read import mapping, read
+from srppo.report.terminal import result_table
+
+_OPENING, _CLOSING = "[{(", "]})"
+
+
+@dataclass(frozen=True)
+class Point:
+    """One run of the grid."""
+
+    name: str
+    """Its directory, made of the values that vary."""
+    recipe: Recipe
+    overrides: list[str]
+
+    @property
+    def finished(self) -> bool:
+        """Whether this very run is there, to its end."""
+        if not (self.recipe.run_dir / "run.json").is_file():
+            return False
+        record = read(self.recipe.run_dir).run or {}
+        wanted = self.recipe.model_dump(mode="json")
+        return bool(record.get("finished")) and record.get("recipe") == wanted
+
+
+def grid(source: str, settings: list[str]) -> list[Point]:
+    """Every combination of `key=v1,v2` as a checked recipe, the last key varying fastest.
+
+    Commas inside brackets and quotes belong to the value. The runs' directories lie in the recipe's
+    output_dir.
+
+    Raises:
+        ConfigError: a setting without values, a combination that is no recipe, two with one name.
+    """
+    keys = [_split(item) for item in settings]
+    fixed = [f"{key}={values[0]}" for key, values in keys if len(values) == 1]
+    varied = [(key, values) for key, values in keys if len(values) > 1]
+    root = load_recipe(source, fixed + [f"{key}={values[0]}" for key, values in varied]).run_dir
+    if (root / "run.json").is_file():
+        raise ConfigError(
+            f"{root} holds a run of its own: the sweep's would lie between its files. Set "
+            "output_dir to a new directory."
+        )
+    points: dict[str, Point] = {}
+    for values in itertools.product(*(values for _, values in varied)):
+        chosen = [f"{key}={value}" for (key, _), value in zip(varied, values, strict=True)]
+        name = "__".join(re.sub(r"[^\w.=+-]+", "_", item) for item in chosen) or "only"
+        if name in points:
+            raise ConfigError(
+                f"two runs of the grid would have the directory {name!r}: one would be lost. Leave "
+                "out the value that is there twice."
+            )
+        overrides = [*fixed, *chosen, f"output_dir={root / name}"]
+        points[name] = Point(name, load_recipe(source, overrides), overrides)
+    return list(points.values())
+
+
+def show_grid(points: list[Point], console: Console) -> None:
+    """What would be run, and what is there already."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("run", overflow="fold")
+    table.add_column("state")
+    for point in points:
+        begun = (point.recipe.run_dir / "run.json").is_file()
+        state = "finished, is kept" if point.finished else "goes on" if begun else "to do"
+        table.add_row(point.name, state)
+    console.print(table)
+    console.print(f"{len(points)} runs in {points[0].recipe.run_dir.parent}")
+
+
+def sweep(source: str, points: list[Point], console: Console) -> bool:
+    """Run what is not finished, then one table of all; whether every run came to its end.
+
+    A run that fails does not keep the others from being run.
+    """
+    failed: dict[str, str] = {}
+    for i, point in enumerate(points, 1):
+        kept = point.finished
+        print(
+            f"[{i}/{len(points)}] {point.name}{': finished, is kept' if kept else ''}",
+            file=sys.stderr,
+            flush=True,
+        )
+        if not kept and (reason := _run(source, point)):
+            failed[point.name] = reason
+    done = [point for point in points if point.name not in failed]
+    _show_results(done, console)
+    for point in done:
+        console.print(f"{point.name}: {point.recipe.run_dir / 'report.html'}")
+    for name, reason in failed.items():
+        console.print(f"FAILED {name}: {reason}", style="bold", markup=False)
+    if failed:
+        console.print("The same command again goes on with those that failed.")
+    return not failed
+
+
+def _run(source: str, point: Point) -> str | None:
+    """The run in a process of its own, so that whatever happens to it stays there. Its messages are
+    passed on; the last one is returned if it fails."""
+    command = [sys.executable, "-m", "srppo", "run", source, *point.overrides]
+    last = ""
+    with subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, errors="replace"
+    ) as process:
+        assert process.stderr
+        for line in process.stderr:
+            sys.stderr.write(line)
+            last = line.strip() or last
+    code = process.returncode
+    return None if code == 0 else f"exit code {code}, {last or 'nothing said'}"
+
+
+def _show_results(points: list[Point], console: Console) -> None:
+    """SFT model and policy of each run; one table, or several where runs measured other things."""
+    tables: dict[Any, list[dict[str, Any]]] = {}
+    for point in points:
+        results = read(point.recipe.run_dir).results or {}
+        for row in results.get("rows", []):
+            if row["model"] in ("sft", "policy"):
+                measured = tuple(results["groups"]), tuple(mapping(row, "scores"))
+                named = {**row, "model": f"{point.name} {row['model']}"}
+                tables.setdefault(measured, []).append(named)
+    for (groups, _), rows in tables.items():
+        console.print(result_table({"groups": list(groups), "rows": rows}))
+
+
+def _split(item: str) -> tuple[str, list[str]]:
+    """`key=v1,v2` as key and values."""
+    key, equals, text = item.partition("=")
+    values, depth, quote = [""], 0, ""
+    for c in text:
+        if quote:
+            quote = "" if c == quote else quote
+        elif c in "'\"":
+            quote = c
+        depth += (c in _OPENING) - (c in _CLOSING) if not quote else 0
+        if c == "," and depth == 0 and not quote:
+            values.append("")
+        else:
+            values[-1] += c
+    if not key or not equals or not all(value.strip() for value in values):
+        raise ConfigError(
+            f"{item!r} is not of the form key=value,value: nothing can be varied. Write, for "
+            "example, ppo.kl_coef=0.2,0.5."
+        )
+    return key, values
