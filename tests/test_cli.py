@@ -10,7 +10,11 @@ import pytest
 import tiny
 from runs import python, srppo_command, write_recipe
 
-COMMANDS = ("run", "sft", "audit", "ppo", "report", "summary")
+ARGUMENTS = {
+    **dict.fromkeys(("run", "sft", "audit", "ppo"), "RECIPE"),
+    **dict.fromkeys(("report", "summary"), "RUN_DIR"),
+    **dict.fromkeys(("chat", "export", "push"), "DIR"),
+}
 
 
 # --- help -----------------------------------------------------------------------------------------
@@ -27,7 +31,7 @@ def test_help_is_there_at_once_for_it_loads_no_torch():
     done = python("-c", script)
     assert done.code == 0, done.err
     assert "LOADED set()" in done.out
-    for command in COMMANDS:
+    for command in ARGUMENTS:
         assert re.search(rf"\b{command}\b", done.out)
 
 
@@ -36,11 +40,11 @@ def test_importing_the_package_loads_no_torch():
     assert done.out.split()[0] == "False", done.err
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", list(ARGUMENTS))
 def test_each_command_explains_itself(command):
     done = srppo_command(command, "--help")
     assert done.code == 0
-    assert ("RUN_DIR" if command in ("report", "summary") else "RECIPE") in done.out
+    assert ARGUMENTS[command] in done.out
 
 
 @pytest.mark.parametrize("arguments", [["run"], ["nonsense"], ["run", "--nonsense"], ["summary"]])

@@ -133,15 +133,18 @@ def _files(directory: Path) -> list[Path]:
 
 
 def _card(directory: Path, merged: bool = False) -> str | None:
-    """Made of the run that the model lies in; else the README.md beside it, if there is one."""
+    """The README.md that is there, for somebody may have written into it; else, or where merging
+    makes another model, one made of the run that the model lies in. None: neither."""
+    readme = directory / "README.md"
+    if readme.is_file() and not merged:
+        return readme.read_text(encoding="utf-8")
     for run in list(directory.parents)[:2]:
         if (run / "run.json").is_file():
             name = directory.relative_to(run).as_posix()
             return card(
                 read(run), name, adapter=is_adapter(directory) and not merged, merged=merged
             )
-    readme = directory / "README.md"
-    return readme.read_text(encoding="utf-8") if readme.is_file() and not merged else None
+    return None
 
 
 @contextmanager
@@ -166,6 +169,11 @@ def _talking(endpoint: str, repository: str) -> Iterator[None]:
         raise PublishError(
             f"{repository!r} is not a name that the hub allows: nothing was pushed. "
             "Write OWNER/NAME in letters, digits, '-', '_' and '.'."
+        ) from e
+    except ValueError as e:  # the hub reads the card first
+        raise PublishError(
+            f"{endpoint} does not take the model card ({'; '.join(str(e).splitlines())}): nothing "
+            "was pushed. Mend the lines between the two --- at the top of README.md."
         ) from e
     except HfHubHTTPError as e:
         code = e.response.status_code

@@ -196,14 +196,13 @@ def _is_adapter(directory: Path) -> bool:
 
 
 def _public(text: object) -> str:
-    """Without directories of this machine."""
-    return _DIRECTORY.sub("", str(text))
+    """One line, without directories of this machine."""
+    return " ".join(_DIRECTORY.sub("", str(text)).split())
 
 
 def _cell(text: object) -> str:
     """Text that stays text in a Markdown table, and shows `<eos>` instead of swallowing it."""
-    line = " ".join(_public(text).split())
-    return line.translate({ord(c): f"\\{c}" for c in "\\|<*_`["})
+    return _public(text).translate({ord(c): f"\\{c}" for c in "\\|<*_`["})
 
 
 _ENVIRONMENT = Environment(

@@ -1,7 +1,7 @@
 """The run directory: one run, its parts written whole or not at all.
 
 run.json  recipe.yaml  data.json  metrics/*.jsonl  sft/  audit.json  policy/  controls/NAME/
-results.json  samples.jsonl  report.html
+results.json  samples.jsonl  report.html  README.md in each model directory
 """
 
 from __future__ import annotations
