@@ -10,7 +10,12 @@ import pytest
 import tiny
 from runs import python, srppo_command, write_recipe
 
-COMMANDS = ("run", "sft", "audit", "ppo", "report", "summary", "data")
+ARGUMENTS = {
+    **dict.fromkeys(("run", "sft", "audit", "ppo", "sweep"), "RECIPE"),
+    **dict.fromkeys(("report", "summary"), "RUN_DIR"),
+    **dict.fromkeys(("chat", "export", "push"), "DIR"),
+    "data": "check",
+}
 
 
 # --- help -----------------------------------------------------------------------------------------
@@ -27,7 +32,7 @@ def test_help_is_there_at_once_for_it_loads_no_torch():
     done = python("-c", script)
     assert done.code == 0, done.err
     assert "LOADED set()" in done.out
-    for command in COMMANDS:
+    for command in ARGUMENTS:
         assert re.search(rf"\b{command}\b", done.out)
 
 
@@ -36,12 +41,11 @@ def test_importing_the_package_loads_no_torch():
     assert done.out.split()[0] == "False", done.err
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", list(ARGUMENTS))
 def test_each_command_explains_itself(command):
     done = srppo_command(command, "--help")
     assert done.code == 0
-    takes = {"report": "RUN_DIR", "summary": "RUN_DIR", "data": "check"}
-    assert takes.get(command, "RECIPE") in done.out
+    assert ARGUMENTS[command] in done.out
 
 
 @pytest.mark.parametrize("arguments", [["run"], ["nonsense"], ["run", "--nonsense"], ["summary"]])

@@ -90,7 +90,21 @@ def test_report_and_summary(finished):
     assert "report.html" in srppo("report", str(finished))
     assert "| policy | T=1 |" in srppo("summary", str(finished))
     table = re.findall(r"^\| `srppo (\w+)", README, re.MULTILINE)
-    assert table == ["run", "sft", "audit", "ppo", "data", "report", "summary"]
+    assert table == [
+        *("run", "sft", "audit", "ppo", "sweep", "data", "report", "summary"),
+        *("chat", "export", "push"),
+    ]
+
+
+def test_chat_and_export(finished, tmp_path):
+    arguments = ["--compare", f"sft={finished / 'sft'}"]
+    done = subprocess.run(
+        [sys.executable, "-m", "srppo", "chat", str(finished), *arguments],
+        input="copy : a b\n", capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert [line.split(":")[0] for line in done.stdout.splitlines()] == [finished.name, "sft"]
+    srppo("export", str(finished), str(tmp_path / "out"))
+    assert (tmp_path / "out" / "README.md").is_file()
 
 
 def test_the_python_of_the_readme(finished, monkeypatch):

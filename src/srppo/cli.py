@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -30,6 +31,10 @@ Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="[KEY=VALUE]...", help="Settings on top of the recipe: ppo.kl_coef=0.5"),
 ]
+Source = Annotated[
+    str, typer.Argument(metavar="DIR", help="A run directory (its policy) or a model directory.")
+]
+Dtype = Enum("Dtype", {"float32": "float32", "bfloat16": "bfloat16"})
 RunDirs = Annotated[list[Path], typer.Argument(metavar="RUN_DIR...", help="Finished runs.")]
 
 
@@ -117,9 +122,11 @@ def sweep(
 def report(
     run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="A run directory.")],
 ) -> None:
-    """Write RUN_DIR/report.html anew."""
+    """Write RUN_DIR/report.html and the models' cards anew."""
     from srppo.report import build
+    from srppo.report.card import write_cards
 
+    write_cards(run_dir)
     typer.echo(f"Report: {build(run_dir)}")
 
 
@@ -129,6 +136,69 @@ def summary(run_dirs: RunDirs) -> None:
     from srppo.report.summary import summarise
 
     typer.echo(summarise(run_dirs), nl=False)
+
+
+@app.command()
+def chat(
+    directory: Source,
+    compare: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=DIR", help="Another model beside it; may be repeated."),
+    ] = None,
+    system: Annotated[str | None, typer.Option(help="System message.")] = None,
+    temperature: Annotated[
+        float | None,
+        typer.Option(min=0, help="Of all models, nothing cut off; 0 is greedy. [each its own]"),
+    ] = None,
+    max_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Of an answer. [each its own, or 512]")
+    ] = None,
+    dtype: Annotated[Dtype, typer.Option(help="Number format of the weights.")] = Dtype.float32,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1.")] = "auto",
+    seed: Annotated[int, typer.Option(min=0, help="Same seed, same answers.")] = 0,
+) -> None:
+    """Talk to a model, or to several side by side; reads standard input where it is piped."""
+    from srppo.chat.terminal import converse
+
+    converse(
+        directory,
+        compare or [],
+        system=system,
+        temperature=temperature,
+        max_tokens=max_tokens,
+        dtype=dtype.value,
+        device=device,
+        seed=seed,
+    )
+
+
+@app.command()
+def export(
+    directory: Source,
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="A new directory.")],
+    merge: Annotated[
+        bool, typer.Option("--merge", help="Make an adapter part of the weights below it.")
+    ] = False,
+    dtype: Annotated[Dtype | None, typer.Option(help="Number format. [as they are]")] = None,
+) -> None:
+    """Write a model of its own: safetensors, tokenizer, template, card; adapters merged or not."""
+    from srppo.publish import export
+
+    typer.echo(f"Model: {export(directory, out, merge=merge, dtype=dtype and dtype.value)}")
+
+
+@app.command()
+def push(
+    directory: Source,
+    repository: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="Name on the hub.")],
+    private: Annotated[
+        bool | None, typer.Option("--private/--public", help="Of a new repository.")
+    ] = None,
+) -> None:
+    """Put a model with its card on the Hugging Face hub, in one commit."""
+    from srppo.publish import push
+
+    typer.echo(f"Pushed: {push(directory, repository, private=private)}")
 
 
 data = typer.Typer(no_args_is_help=True, help="Look at data before anything is trained.")

@@ -5,6 +5,7 @@
     ├── DataError          data sets, rows, columns, prompts                         (ValueError)
     ├── ModelError         model directories, tokenizers, vocabularies               (ValueError)
     ├── RunDirError        run directories: occupied, not writable, disk full        (OSError)
+    ├── PublishError       models that cannot be written out or pushed to the hub        (OSError)
     └── ShapeError         tensors whose shapes do not fit together                  (ValueError)
 
 A message names the value, the consequence and the cure. The command line prints it and exits
@@ -30,6 +31,10 @@ class ModelError(SrppoError, ValueError):
 
 class RunDirError(SrppoError, OSError):
     """A run directory that cannot be written or belongs to another run."""
+
+
+class PublishError(SrppoError, OSError):
+    """A model that cannot be written to another place, or that the hub does not take."""
 
 
 class ShapeError(SrppoError, ValueError):

@@ -37,6 +37,7 @@ from srppo.models.start import start_frozen, start_sft
 from srppo.progress import Reporter
 from srppo.provenance import now, provenance
 from srppo.report import build
+from srppo.report.card import write_cards
 from srppo.rollout.hf import HFSampler
 from srppo.train.audit import audit
 from srppo.train.checkpoint import RunDir
@@ -141,7 +142,8 @@ class Run:
         return results
 
     def report(self) -> Path:
-        """The HTML page."""
+        """The HTML page, and the cards of the models."""
+        write_cards(self.dir.path)
         return build(self.dir.path)
 
     def all(self) -> dict[str, Any]:

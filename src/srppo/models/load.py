@@ -17,6 +17,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
+    GenerationConfig,
     PreTrainedModel,
 )
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
@@ -67,9 +68,23 @@ def has_tokenizer(name: str) -> bool:
     return not is_adapter(name) or (Path(name).expanduser() / "tokenizer_config.json").is_file()
 
 
+def base_of(adapter: str) -> str:
+    """The name of the model that an adapter directory names as the one below it."""
+    try:
+        return str(PeftConfig.from_pretrained(adapter).base_model_name_or_path)
+    except LOAD_ERRORS as e:
+        raise ModelError(cannot_load("adapter", adapter, e)) from e
+
+
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model. Raises ModelError when there is none or it has no EOS."""
+    """The tokenizer of a model; for an adapter without one, that of the model below it.
+
+    Raises:
+        ModelError: there is none, or it has no EOS.
+    """
     path = resolve(name)
+    if not has_tokenizer(path):
+        path = resolve(base_of(path))
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
     except LOAD_ERRORS as e:
@@ -127,9 +142,11 @@ def load_model(
 
 def _load_merged(path: str, dtype: str, device: str, base: str | None) -> PreTrainedModel:
     try:
-        named = PeftConfig.from_pretrained(path).base_model_name_or_path
-        model = load_model(base or str(named), dtype, device)
-        return PeftModel.from_pretrained(model, path).merge_and_unload().requires_grad_(True)
+        model = load_model(base or base_of(path), dtype, device)
+        merged = PeftModel.from_pretrained(model, path).merge_and_unload().requires_grad_(True)
+        if (Path(path) / "generation_config.json").is_file():
+            merged.generation_config = GenerationConfig.from_pretrained(path)
+        return merged
     except LOAD_ERRORS as e:
         if isinstance(e, ModelError):
             raise

@@ -1,7 +1,7 @@
 """The run directory: one run, its parts written whole or not at all.
 
 run.json  recipe.yaml  data.json  metrics/*.jsonl  sft/  audit.json  policy/  controls/NAME/
-results.json  samples.jsonl  report.html
+results.json  samples.jsonl  report.html  README.md in each model directory
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from srppo.config import Recipe
 from srppo.errors import RunDirError
+from srppo.models.roles import Role
+from srppo.models.save import as_trained, save
 
 
 class RunDir:
@@ -105,22 +107,39 @@ class RunDir:
         return read_json(self.path / name)
 
     def save_model(
-        self, name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+        self, name: str, model: Role | PreTrainedModel, tokenizer: PreTrainedTokenizerBase
     ) -> Path:
         """A Hugging Face model directory, written aside and renamed into place."""
+        longest = self.record["recipe"]["data"]["max_response_tokens"]
         target = self.path / name
         aside = target.with_name(target.name + ".part")
         with writing(target):
             target.parent.mkdir(parents=True, exist_ok=True)
             try:
-                model.save_pretrained(aside)
-                tokenizer.save_pretrained(aside)
+                save(model, tokenizer, aside, as_trained(tokenizer, longest))
                 if target.exists():
                     shutil.rmtree(target)
                 os.replace(aside, target)
             finally:
                 shutil.rmtree(aside, ignore_errors=True)
         return target
+
+
+def model_in(path: str) -> str:
+    """A run directory stands for its policy; anything else is unchanged.
+
+    Raises:
+        RunDirError: the run has no policy.
+    """
+    run = Path(path).expanduser()
+    if not (run / "run.json").is_file():
+        return path
+    if not (run / "policy").is_dir():
+        raise RunDirError(
+            f"{path} has no policy yet: there is no aligned model to use. Finish it with the "
+            f"command that began it, or give {run / 'sft'} once that is there."
+        )
+    return str(run / "policy")
 
 
 @contextmanager
