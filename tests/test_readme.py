@@ -90,7 +90,7 @@ def test_report_and_summary(finished):
     assert "report.html" in srppo("report", str(finished))
     assert "| policy | T=1 |" in srppo("summary", str(finished))
     table = re.findall(r"^\| `srppo (\w+)", README, re.MULTILINE)
-    assert table == ["run", "sft", "audit", "ppo", "data", "report", "summary"]
+    assert table == [*("run", "run", "sweep", "sft", "audit", "ppo", "data", "report", "summary")]
 
 
 def test_the_python_of_the_readme(finished, monkeypatch):

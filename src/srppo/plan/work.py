@@ -29,6 +29,7 @@ from srppo.train.pace import matmul_rate
 
 SHARE = 0.4
 """Of the rate of matrix products that training and scoring reach: assumed."""
+FILES = (".jsonl", ".json", ".csv", ".parquet", ".arrow")
 CALL = 0.5e-3
 """Seconds that a layer takes for one more token of each response, however few: assumed."""
 
@@ -113,8 +114,10 @@ def _counted(data: Data, recipe: Recipe) -> Work:
 
 
 def _is_here(source: str) -> bool:
+    """Or should be: what can only be a file is read, so that its absence is told."""
     place = source.split("=", 1)[-1]
-    return place.startswith("python:") or bool(glob(str(Path(place).expanduser())))
+    local = place.startswith(("python:", ".", "/", "~")) or Path(place).suffix in FILES
+    return local or bool(glob(str(Path(place).expanduser())))
 
 
 def _rows(sources: list[SourceConfig] | None) -> int | None:
