@@ -91,7 +91,7 @@ def test_report_and_summary(finished):
     assert "| policy | T=1 |" in srppo("summary", str(finished))
     table = re.findall(r"^\| `srppo (\w+)", README, re.MULTILINE)
     assert table == [
-        *("run", "sft", "audit", "ppo", "sweep", "data", "report", "summary"),
+        *("run", "run", "sweep", "sft", "audit", "ppo", "data", "report", "summary"),
         *("chat", "export", "push"),
     ]
 

@@ -82,6 +82,8 @@ class SFTConfig(Section):
     """Demonstrations per optimizer step (paper)."""
     micro_batch_size: Positive = 8
     """Demonstrations per forward pass; memory only."""
+    compute: Literal["float32", "bfloat16"] = "float32"
+    """Number format of matrix products; weights are float32."""
     gradient_checkpointing: bool = False
     """Keep each layer's input only and compute the rest again in the backward pass: activations
     take a fraction of the memory, the pass about a third more time."""

@@ -5,6 +5,7 @@ demonstrations -> sft -> audit -> ppo -> controls -> evaluate -> report
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -178,6 +179,7 @@ class Run:
                 title=name.upper() if name == "sft" else name,
             )
         self.dir.save_model(name, role, self.tokenizer)
+        gc.collect()  # the trainer refers to itself: its weights would stay through stage 2
 
     def _train_ppo(
         self,

@@ -23,7 +23,7 @@ PUBLISHED = {
     "HuggingFaceTB/SmolLM2-135M": 134_515_008,
     "HuggingFaceTB/SmolLM2-360M": 361_821_120,
 }
-"""Parameters, from the safetensors metadata on the models' pages."""
+"""Parameters, as published."""
 
 
 @pytest.mark.parametrize("name", list(MODELS))

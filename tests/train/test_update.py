@@ -1,6 +1,7 @@
 """The update: which rows, which gradient, who moves."""
 
 import math
+from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
@@ -86,6 +87,24 @@ def test_minibatches_cover_every_row_of_every_epoch_the_remainder_included(
     first, second = ([i for rows in epoch for i in rows] for epoch in (seen[:3], seen[3:]))
     assert sorted(first) == sorted(second) == list(range(10))
     assert first != second
+
+
+def test_every_minibatch_multiplies_with_the_weights_of_its_time(roles, experience, monkeypatch):
+    """What converts weights to bfloat16 may keep them, so it must not outlive an optimizer step."""
+    order = []
+
+    @contextmanager
+    def noting(compute, device):
+        order.append("enter")
+        yield
+        order.append("leave")
+
+    monkeypatch.setattr(module, "computing", noting)
+    config = config_of(epochs=1)
+    optimizers = Optimizers(roles, config)
+    optimizers.policy.register_step_pre_hook(lambda *_: order.append("step"))
+    update(roles, experience, optimizers, config, generator(0))
+    assert order == ["enter", "leave", "step"] * 3
 
 
 # --- which gradient -------------------------------------------------------------------------------

@@ -16,7 +16,8 @@ Compute = Literal["float32", "bfloat16"]
 
 @contextmanager
 def computing(compute: Compute, device: torch.device) -> Iterator[None]:
-    """Forward and backward passes inside multiply in this format; weights stay as they are.
+    """Forward and backward passes inside multiply in this format; weights stay as they are, and
+    must not change inside.
 
     On CUDA it is autocast. On a CPU only linear layers change, and only while training: attention
     kernels are slower in bfloat16 there, and converting weights for the small products of decoding

@@ -66,7 +66,8 @@ def phases(
     sizes = _Sizes(recipe, blueprint.sizes(model), *(longest or most), gpu)
     frozen = blueprint.saved(model, "float32")
     policy = blueprint.saved(model, recipe.ppo.compute)
-    first = [] if model.sft else sizes.stage_1(recipe.sft, frozen)
+    trained = blueprint.saved(model, recipe.sft.compute)
+    first = [] if model.sft else sizes.stage_1(recipe.sft, trained)
     return [*first, sizes.rollout(policy), sizes.scoring(frozen), *sizes.update(policy)]
 
 

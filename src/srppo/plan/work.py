@@ -29,6 +29,7 @@ from srppo.train.pace import matmul_rate
 
 SHARE = 0.4
 """Of the rate of matrix products that training and scoring reach: assumed."""
+FILES = (".jsonl", ".json", ".csv", ".parquet", ".arrow")
 CALL = 0.5e-3
 """Seconds that a layer takes for one more token of each response, however few: assumed."""
 
@@ -113,8 +114,10 @@ def _counted(data: Data, recipe: Recipe) -> Work:
 
 
 def _is_here(source: str) -> bool:
+    """Or should be: what can only be a file is read, so that its absence is told."""
     place = source.split("=", 1)[-1]
-    return place.startswith("python:") or bool(glob(str(Path(place).expanduser())))
+    local = place.startswith(("python:", ".", "/", "~")) or Path(place).suffix in FILES
+    return local or bool(glob(str(Path(place).expanduser())))
 
 
 def _rows(sources: list[SourceConfig] | None) -> int | None:
@@ -163,7 +166,7 @@ class Clock:
             return None
         once = step_flops(self.sizes.shape, *self.lengths, train_weights=self.whole)
         again = once.rollout if config.gradient_checkpointing else 0
-        products: Compute = "float32" if self.whole else self.recipe.model.dtype
+        products = self._products(self.recipe.sft.compute)
         return Hours(training=n * config.epochs * self._hours(once.update + again, products))
 
     def ppo(self, config: PPOConfig) -> Hours | None:
@@ -176,9 +179,9 @@ class Clock:
         n = steps * config.rollouts_per_step
         return Hours(
             rollout=steps * self._decoding(config, config.rollouts_per_step)
-            + n * self._hours(once.rollout, self._products(config)),
+            + n * self._hours(once.rollout, self._products(config.compute)),
             scoring=n * self._hours(once.scoring, self.recipe.model.dtype),
-            training=n * self._hours(once.update + again, self._products(config)),
+            training=n * self._hours(once.update + again, self._products(config.compute)),
         )
 
     def evaluation(self, models: int) -> Hours | None:
@@ -202,14 +205,12 @@ class Clock:
         longest = self.amount.longest[1] if self.amount.longest else data.max_prompt_tokens
         rows = max(1, config.max_tokens_per_batch // (longest + data.max_response_tokens))
         calls = math.ceil(responses / rows) * data.max_response_tokens
-        weights = BYTES[self._products(config)] * self.sizes.weights
+        weights = BYTES[self._products(config.compute)] * self.sizes.weights
         return calls * max(weights / self.device.bandwidth, CALL * self.sizes.layers) / 3600
 
-    def _products(self, config: PPOConfig) -> Compute:
-        """What the policy multiplies in."""
-        if config.compute == "bfloat16" or self.whole:
-            return config.compute
-        return self.recipe.model.dtype
+    def _products(self, compute: Compute) -> Compute:
+        """What a model in training multiplies in."""
+        return compute if compute == "bfloat16" or self.whole else self.recipe.model.dtype
 
     def _hours(self, operations: int, products: Compute) -> float:
         return operations / (SHARE * float(getattr(self.device, products))) / 3600

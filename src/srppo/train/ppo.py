@@ -17,7 +17,6 @@ from srppo.algo.masking import masked_mean, masked_sum, whiten
 from srppo.algo.reward import last_token, token_log_ratios, token_rewards
 from srppo.config import PPOConfig
 from srppo.errors import ConfigError, DataError
-from srppo.models.precision import computing
 from srppo.models.roles import Roles
 from srppo.models.scoring import score, score_with_values
 from srppo.models.value_head import ValueHead
@@ -114,7 +113,7 @@ def train_ppo(
                 rollout, scores.policy, values, advantages, returns, scores.frozen
             )
             shuffle = generator(_seed(seed, "minibatches", step))
-            with watch("update"), computing(config.compute, roles.policy.device):
+            with watch("update"):
                 metrics |= update(
                     roles, experience, optimizers, config, shuffle, move_policy=not warming_up
                 )

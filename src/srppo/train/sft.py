@@ -78,7 +78,7 @@ def train_sft(
             seed=seed,
             data_seed=seed,
             use_cpu=model.device.type == "cpu",
-            bf16=False,
+            bf16=config.compute == "bfloat16",
             gradient_checkpointing=False,
             dataset_kwargs={"skip_prepare_dataset": True},
             max_length=None,

@@ -17,6 +17,7 @@ from srppo.algo.loss import clip_fraction, clipped_policy_loss, clipped_value_lo
 from srppo.algo.masking import masked_mean
 from srppo.config import PPOConfig
 from srppo.models.batching import Batch, input_lengths, microbatches
+from srppo.models.precision import computing
 from srppo.models.roles import Roles
 from srppo.models.scoring import chunks, hidden_states, output_logits
 from srppo.rollout.sampler import Rollout
@@ -106,7 +107,8 @@ def update(
     for _ in range(config.epochs):
         order = torch.randperm(len(experience.rollout.sequences), generator=shuffle)
         for rows in order.split(config.minibatch_size):
-            metrics = accumulate(roles, experience, rows, config, move_policy)
+            with computing(config.compute, roles.policy.device):  # anew: weights have changed
+                metrics = accumulate(roles, experience, rows, config, move_policy)
             if move_policy:
                 move_policy = metrics["update_kl"] <= (config.update_kl_limit or math.inf)
             metrics |= optimizers.step(move_policy)
