@@ -35,14 +35,21 @@ class Terminal:
         os.close(theirs)
         self.everything = ""
 
-    def read_until(self, words: str) -> str:
-        """What appears up to these words, colours and cursor movements left out."""
+    def read_until(self, words: str, meanwhile: str = "") -> str:
+        """What appears up to these words, colours and cursor movements left out.
+
+        `meanwhile` is pressed after every second of silence: Python's line editor sees a signal
+        that comes just before it waits for a key only with the next one.
+        """
         found = ""
         until = time.monotonic() + PATIENCE
         while words not in plain(found):
-            ready, _, _ = select.select([self.screen], [], [], max(0.0, until - time.monotonic()))
-            if not ready:
+            ready, _, _ = select.select([self.screen], [], [], 1.0)
+            if not ready and time.monotonic() > until:
                 raise TimeoutError(f"waited for {words!r}, saw {plain(found)!r}")
+            if not ready:
+                self.press(meanwhile)
+                continue
             try:
                 piece = os.read(self.screen, 4096).decode(errors="replace")
             except OSError:  # Linux: the other end is closed

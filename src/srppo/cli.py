@@ -148,14 +148,16 @@ def chat(
     system: Annotated[str | None, typer.Option(help="System message.")] = None,
     temperature: Annotated[
         float | None,
-        typer.Option(min=0, help="Of all models, nothing cut off; 0 is greedy. [each its own]"),
+        typer.Option(
+            min=0, help="Of all models, nothing cut off; 0 is greedy. Default: each its own."
+        ),
     ] = None,
     max_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Of an answer. [each its own, or 512]")
+        int | None, typer.Option(min=1, help="Of an answer. Default: each its own, or 512.")
     ] = None,
     dtype: Annotated[Dtype, typer.Option(help="Number format of the weights.")] = Dtype.float32,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1.")] = "auto",
-    seed: Annotated[int, typer.Option(min=0, help="Same seed, same answers.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Same seed, same answers.")] = 0,
 ) -> None:
     """Talk to a model, or to several side by side; reads standard input where it is piped."""
     from srppo.chat.terminal import converse
@@ -179,7 +181,9 @@ def export(
     merge: Annotated[
         bool, typer.Option("--merge", help="Make an adapter part of the weights below it.")
     ] = False,
-    dtype: Annotated[Dtype | None, typer.Option(help="Number format. [as they are]")] = None,
+    dtype: Annotated[
+        Dtype | None, typer.Option(help="Number format. Default: as they are.")
+    ] = None,
 ) -> None:
     """Write a model of its own: safetensors, tokenizer, template, card; adapters merged or not."""
     from srppo.publish import export

@@ -85,9 +85,10 @@ def push(source: str, repository: str, *, private: bool | None = None) -> str:
         ModelError, RunDirError: no model in `source`.
     """
     directory = _model_directory(source)
-    if is_adapter(directory) and Path(base := base_of(str(directory))).exists():
+    below = Path(base_of(str(directory))) if is_adapter(directory) else None
+    if below and (below.is_absolute() or below.exists()):
         raise PublishError(
-            f"the adapter {source!r} lies over {Path(base).name!r}, a directory of this machine: "
+            f"the adapter {source!r} lies over {below.name!r}, a directory of this machine: "
             "nobody else could load it. Merge the two with `srppo export "
             f"{source} OUT --merge`, and push OUT."
         )

@@ -153,17 +153,12 @@ def test_characters_of_several_tokens_are_said_whole():
     assert len(pieces) == len(text)
 
 
-def test_ctrl_c_ends_the_answer_and_what_was_said_is_remembered(tmp_path):
+def test_an_answer_that_is_stopped_is_remembered_as_far_as_it_went(tmp_path):
     one = speaker(saved(tmp_path / "model"))
     pieces = []
-
-    def say(piece):
-        pieces.append(piece)
-        if len(pieces) == 3:
-            raise KeyboardInterrupt
-
-    answer = one.answer("a b", say, 0)
-    assert answer.end == "stopped"
+    answer = one.answer("a b", pieces.append, 0, stop=lambda: len(pieces) == 3)
+    assert (answer.end, answer.text) == ("stopped", "".join(pieces))
+    assert len(pieces) == 3
     assert one.messages == [
         {"role": "user", "content": "a b"},
         {"role": "assistant", "content": answer.text},

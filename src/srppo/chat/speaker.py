@@ -5,11 +5,16 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import (
+    GenerationConfig,
+    PreTrainedModel,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 from transformers.generation.streamers import BaseStreamer
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
@@ -35,7 +40,7 @@ class Answer:
     text: str
     tokens: int
     end: Literal["eos", "length", "stopped"]
-    """By itself, at the most tokens allowed, or by Ctrl-C."""
+    """By itself, at the most tokens allowed, or told to."""
 
 
 @dataclass
@@ -88,10 +93,12 @@ class Speaker:
         return ids
 
     @torch.no_grad()
-    def answer(self, text: str, say: Say, seed: int) -> Answer:
+    def answer(
+        self, text: str, say: Say, seed: int, stop: Callable[[], bool] = lambda: False
+    ) -> Answer:
         """Answer the user's turn, piece by piece to `say`; both are remembered.
 
-        The same seed gives equal models equal answers. Ctrl-C ends the answer where it is.
+        The same seed gives equal models equal answers. `stop` is asked after each token.
 
         Raises: as `hear`; ModelError: probabilities that are not numbers, or too little memory.
         """
@@ -100,16 +107,14 @@ class Speaker:
         voice = _Voice(self.tokenizer, say)
         inputs = torch.tensor([ids], device=self.model.device)
         torch.manual_seed(seed)
-        stopped = False
         try:
             self.model.generate(
                 inputs,
                 attention_mask=torch.ones_like(inputs),
                 max_new_tokens=min(self.max_tokens, room),
                 streamer=voice,
+                stopping_criteria=StoppingCriteriaList([_Stop(stop)]),
             )
-        except KeyboardInterrupt:
-            stopped = True
         except RuntimeError as e:
             if reason := _why_not(e):
                 raise ModelError(f"{self.name} cannot answer: {reason}") from e
@@ -121,7 +126,7 @@ class Speaker:
         ]
         ended = voice.ids[-1:] and voice.ids[-1] in self.ends
         return Answer(
-            voice.text, len(voice.ids), "stopped" if stopped else "eos" if ended else "length"
+            voice.text, len(voice.ids), "eos" if ended else "stopped" if stop() else "length"
         )
 
     def forget(self) -> None:
@@ -206,6 +211,14 @@ def _sampling(
         config.temperature = 1.0 if config.temperature is None else config.temperature
         config.top_k = TOP_K if config.top_k is None else config.top_k
     return config
+
+
+class _Stop(StoppingCriteria):
+    def __init__(self, stop: Callable[[], bool]) -> None:
+        self.stop = stop
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
+        return torch.full((len(input_ids),), self.stop(), device=input_ids.device)
 
 
 class _Voice(BaseStreamer):

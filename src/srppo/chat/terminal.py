@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from rich.console import Console
 from rich.live import Live
@@ -55,10 +57,10 @@ class Conversation:
                 if not self.interactive:
                     raise
                 self.note(f"error: {e}", style="red")
-            except KeyboardInterrupt:  # between two answers
+            except KeyboardInterrupt:  # the second Ctrl-C in one answer
                 if not self.interactive:
                     raise
-                self.note("")
+                self.note("\n(stopped, and this turn forgotten)")
 
     def introduce(self) -> None:
         """Who is there, and how each one samples."""
@@ -78,11 +80,11 @@ class Conversation:
         for speaker in self.speakers:
             if len(self.speakers) > 1:
                 self._write(f"{speaker.name}: ")
-            answer = speaker.answer(text, self._write, seed)
+            with self._ctrl_c() as pressed:
+                answer = speaker.answer(text, self._write, seed, pressed)
             self._write("\n")
             if remark := _remark(answer):
                 self.note(remark)
-            self._stop_if_piped(answer)
 
     def note(self, text: str, style: str = "dim") -> None:
         """A line that is not an answer."""
@@ -103,16 +105,32 @@ class Conversation:
                     column.append(piece.translate(_VISIBLE))
                     show()
 
-                remarks[i] = _remark(speaker.answer(prompt, say, seed))
+                with self._ctrl_c() as pressed:
+                    remarks[i] = _remark(speaker.answer(prompt, say, seed, pressed))
                 show()
 
     def _write(self, text: str) -> None:
         self.out.file.write(text.translate(_VISIBLE))
         self.out.file.flush()
 
-    def _stop_if_piped(self, answer: Answer) -> None:
-        if answer.end == "stopped" and not self.interactive:
-            raise KeyboardInterrupt
+    @contextmanager
+    def _ctrl_c(self) -> Iterator[Callable[[], bool]]:
+        """Whether Ctrl-C was pressed: it ends an answer between two tokens. Pressed again, or
+        without a terminal, it interrupts as everywhere."""
+        pressed = False
+
+        def press(signum: int, frame: object) -> None:
+            nonlocal pressed
+            if pressed:
+                raise KeyboardInterrupt
+            pressed = True
+
+        before = signal.signal(signal.SIGINT, press) if self.interactive else None
+        try:
+            yield lambda: pressed
+        finally:
+            if before is not None:
+                signal.signal(signal.SIGINT, before)
 
     def _lines(self) -> Iterator[str]:
         """What the user enters; lines that end in a backslash are joined with the next."""
