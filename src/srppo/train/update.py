@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 from torch.optim import AdamW
+from transformers import PreTrainedModel
 
 from srppo.algo.all_action import all_action_loss
 from srppo.algo.kl import k3
@@ -123,11 +124,7 @@ def update(
 def accumulate(
     roles: Roles, experience: Experience, rows: Tensor, config: PPOConfig, policy_too: bool = True
 ) -> Metrics:
-    """Add the gradients of one minibatch; statistics are means over its response tokens.
-
-    The output head is differentiated chunk by chunk and the trunk once with what the chunks sent
-    back: the logits of one chunk are all that ever exist.
-    """
+    """Add the gradients of one minibatch; statistics are means over its response tokens."""
     critic, y = roles.critic, experience.rollout.sequences
     mask, old = y.mask[rows], experience.logprobs[rows]
     n_tokens = int(mask.sum())
@@ -141,18 +138,11 @@ def accumulate(
             with torch.set_grad_enabled(policy_too):
                 hidden = hidden_states(policy, batch)
             if policy_too:
-                parts, grads = [], []
-                for some in chunks(policy, batch):
-                    head = hidden[some].detach().requires_grad_()
-                    logits = output_logits(policy, head)
-                    loss, part = token_losses(roles, experience, batch, some, logits, config)
-                    loss = loss.sum() / n_tokens
-                    loss.backward()
-                    losses.append(loss.detach())
-                    parts.append(part.detach())
-                    grads.append(head.grad if head.grad is not None else torch.zeros_like(head))
-                hidden.backward(torch.cat(grads))
-                batch.put(new, torch.cat(parts))
+                loss, logprobs = backward_by_chunks(
+                    policy, roles, experience, batch, hidden, n_tokens, config
+                )
+                losses.append(loss)
+                batch.put(new, logprobs)
             if critic:
                 values, returns = batch.take(experience.values), batch.take(experience.returns)
                 loss = clipped_value_loss(critic(hidden), values, returns, value_clip).sum()
@@ -170,6 +160,37 @@ def accumulate(
             "update_kl": float(masked_mean(k3(old, new[rows]), mask)),
         }
     return metrics
+
+
+def backward_by_chunks(
+    policy: PreTrainedModel,
+    roles: Roles,
+    experience: Experience,
+    batch: Batch,
+    hidden: Tensor,
+    n_tokens: int,
+    config: PPOConfig,
+) -> tuple[Tensor, Tensor]:
+    """Add the policy's gradients of one microbatch: the output head's chunk by chunk, the trunk's
+    at once with what the chunks sent back. The logits of one chunk are all that ever exist.
+
+    Returns:
+        The sum of its losses over `n_tokens`, the minibatch's response tokens, and (n,) logprobs.
+    """
+    total = torch.zeros((), device=hidden.device)
+    logprobs, grads = [], []
+    for some in chunks(policy, batch):
+        head = hidden[some].detach().requires_grad_()
+        logits = output_logits(policy, head)
+        losses, part = token_losses(roles, experience, batch, some, logits, config)
+        loss = losses.sum() / n_tokens
+        loss.backward()
+        assert head.grad is not None
+        total += loss.detach()
+        logprobs.append(part.detach())
+        grads.append(head.grad)
+    hidden.backward(torch.cat(grads))
+    return total, torch.cat(logprobs)
 
 
 def token_losses(
