@@ -320,3 +320,15 @@ def test_a_recipe_cannot_be_changed():
     for section, key in [(made, "seed"), (made.ppo, "kl_coef"), (made.model, "base")]:
         with pytest.raises(ValidationError, match="frozen"):
             setattr(section, key, 1)
+
+
+def test_offload_is_refused_where_a_control_is_all_action():
+    tree = {
+        "name": "x",
+        "output_dir": "runs/x",
+        "model": {"base": "srppo:miniature", "offload": True},
+        "data": {"demonstrations": "d.jsonl"},
+        "controls": {"exact": {"ppo": {"estimator": "all_action"}}},
+    }
+    with pytest.raises(ConfigError, match=r"model\.offload with"):
+        parse_recipe(tree)

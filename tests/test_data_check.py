@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 from runs import python, srppo_command, write_recipe
+from srppo.data_check import check
+from srppo.errors import ConfigError
 from srppo.report import build
 
 ROWS = [{"prompt": f"copy : {c}", "response": c} for c in "abcdef"]
@@ -185,3 +187,12 @@ def test_memory_does_not_grow_with_the_file_and_every_bad_line_is_named(tmp_path
         peaks[n] = int(done.out.split("PEAK ")[1]) / 1024
     assert path.stat().st_size > 100 * 2**20
     assert peaks[200_000] < peaks[2_000] + 64, f"MiB: {peaks}"
+
+
+def test_options_beside_a_recipe_are_refused():
+    """They would have no effect."""
+    for options in ({"limit": 3}, {"prompts": True}):
+        with pytest.raises(ConfigError, match="the recipe decides"):
+            check("recipes/miniature.yaml", {}, **options)
+    with pytest.raises(ConfigError, match="--column-map"):
+        check("recipes/miniature.yaml", {}, ["prompt=Q"])

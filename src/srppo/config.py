@@ -174,7 +174,7 @@ class PPOConfig(Section):
     value_clip: PositiveFloat = 0.2
     """How far a value may move per step, in standard deviations of the returns (ours)."""
     value_warmup_steps: NonNegative = 0
-    """First steps in which only the critic learns; they come on top of `steps`."""
+    """ppo: first steps in which only the critic learns; they come on top of `steps`."""
     update_kl_limit: PositiveFloat | None = None
     """A step's remaining minibatches are left out once KL(old||new) exceeds this, nats a token."""
     max_kl: PositiveFloat = 50.0
@@ -294,7 +294,7 @@ class Recipe(Section):
                 "neither data.prompts nor data.demonstrations is set: stage 2 has no prompts. "
                 "Set data.prompts."
             )
-        if self.model.offload and self.ppo.estimator == "all_action":
+        if self.model.offload and self.uses_all_action:
             raise ValueError(
                 "model.offload with ppo.estimator=all_action: the update needs the output heads of "
                 "the frozen models at every chunk, so they would move all the time. Set "
@@ -329,6 +329,12 @@ class Recipe(Section):
                 kind, merged = self._changed(section, changes)
                 recipe = recipe.model_copy(update={section: kind.model_validate(merged)})
         return recipe
+
+    @property
+    def uses_all_action(self) -> bool:
+        """Whether stage 2 or a control's does."""
+        changed = (control.ppo or {} for control in self.controls.values())
+        return "all_action" in {self.ppo.estimator, *(c.get("estimator") for c in changed)}
 
     @property
     def run_dir(self) -> Path:

@@ -17,7 +17,7 @@ from srppo.data.prompts import read_prompts
 from srppo.data.reporting import Report, sorted_places
 from srppo.data.sources import open_source
 from srppo.errors import ConfigError, RunDirError
-from srppo.models.load import load_tokenizer
+from srppo.models.load import has_tokenizer, load_tokenizer
 from srppo.progress import stdout
 
 
@@ -32,6 +32,14 @@ def check(
         options: further ones of `check_source`.
     """
     if source.endswith((".yaml", ".yml")):
+        given = {name: value for name, value in options.items() if value}
+        if column_map:
+            given["column-map"] = column_map
+        for name in given:
+            raise ConfigError(
+                f"--{name} with the recipe {source!r}: the recipe decides, so it would have no "
+                "effect. Set it in the recipe, or give the source itself."
+            )
         check_recipe(source)
         return
     columns = dict(_column(pair) for pair in column_map)
@@ -46,7 +54,8 @@ def check_recipe(path: str) -> None:
         DataError: a source cannot be read, or nothing would be trained.
     """
     recipe = load_recipe(path)
-    tokenizer = load_tokenizer(recipe.model.sft or recipe.model.base)
+    sft = recipe.model.sft
+    tokenizer = load_tokenizer(sft if sft and has_tokenizer(sft) else recipe.model.base)
     apply_template(tokenizer)
     _say(describe_all(read_data(recipe, tokenizer).reports))
 

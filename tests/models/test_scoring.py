@@ -1,5 +1,7 @@
 """log pi(y|x) of a padded batch is that of each row alone, for every architecture."""
 
+import gc
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -152,3 +154,16 @@ def test_bfloat16_models_are_scored_with_more_digits_than_they_have():
 
 def test_scoring_takes_no_gradients():
     assert not score(tiny.model(), tiny.sequences(), ONE_BATCH).requires_grad
+
+
+def test_a_model_whose_head_was_run_alone_goes_when_it_is_dropped():
+    """A reference from the trunk to itself would keep a stage's weights until some collection."""
+    model = tiny.model()
+    output_logits(model, torch.zeros(2, model.config.hidden_size))
+    gone = weakref.ref(model.base_model)
+    gc.disable()
+    try:
+        del model
+        assert gone() is None
+    finally:
+        gc.enable()

@@ -69,3 +69,10 @@ def test_equal_runs_have_equal_critics(critic):
 def test_shift_and_scale_are_saved_but_not_trained(critic):
     assert {"shift", "scale"} <= critic.state_dict().keys()
     assert {"shift", "scale"}.isdisjoint(name for name, _ in critic.named_parameters())
+
+
+def test_autocast_does_not_round_values_of_hundreds_of_nats(critic):
+    critic.calibrate(torch.tensor([497.3, 503.3]), torch.tensor([True, True]))
+    with torch.autocast("cpu", torch.bfloat16):
+        values = critic(HIDDEN)
+    assert torch.equal(values, torch.full((5,), 500.3))

@@ -60,6 +60,7 @@ class Evaluator:
             model,
             eos_token_id=self.tokenizer.eos_token_id,
             max_new_tokens=self.max_new_tokens,
+            max_tokens_per_batch=self.max_tokens_per_batch,
             base=base,
             lam=lam,
         )

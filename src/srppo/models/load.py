@@ -184,12 +184,15 @@ def require_quantizer(bits: str) -> None:
 
 
 def pick_device(device: str) -> torch.device:
-    """`auto` is CUDA where there is one. Raises ModelError for a device that is not there."""
+    """`auto` is CUDA where there is one; a GPU comes with its number, as tensors on it say.
+
+    Raises:
+        ModelError: the device is not there.
+    """
     if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        torch.empty(0, device=device)
-        return torch.device(device)
+        return torch.empty(0, device=device).device
     except (RuntimeError, AssertionError) as e:
         first = str(e).splitlines()[0]
         raise ModelError(

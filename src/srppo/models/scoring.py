@@ -38,13 +38,16 @@ def output_logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:
     its logits (soft caps, scales, biases) is done.
     """
     trunk = model.base_model
-    forward = trunk.forward
+    own = trunk.__dict__.get("forward")
     trunk.forward = lambda *args, **kwargs: _SkippedTrunk(last_hidden_state=hidden[None])
     try:
         ids = torch.zeros(1, 1, dtype=torch.int64, device=hidden.device)  # for the skipped trunk
         logits: Tensor = model(input_ids=ids, use_cache=False).logits
     finally:
-        trunk.forward = forward
+        if own is None:  # nothing may stay that refers to the trunk: it would keep itself alive
+            del trunk.forward
+        else:
+            trunk.forward = own
     return logits[0]
 
 
@@ -86,14 +89,13 @@ def response_states(model: Role | PreTrainedModel, sequences: Sequences, max_tok
     """(M, H) on the CPU, `hidden_states` of all M response tokens, row after row of `sequences`."""
     role = Role.of(model)
     starts = sequences.lengths.cumsum(0) - sequences.lengths
-    width = role.config.get_text_config().hidden_size
     states: Tensor | None = None
     rows = torch.arange(len(sequences))
     with role.active() as active:
         for batch in microbatches(sequences, rows, max_tokens, role.device):
             hidden = hidden_states(active, batch).cpu()
             if states is None:
-                states = hidden.new_empty(int(sequences.mask.sum()), width)
+                states = hidden.new_empty(int(sequences.mask.sum()), hidden.shape[-1])
             row, t = batch.mask.nonzero(as_tuple=True)
             states[starts[batch.rows][row] + t] = hidden
     assert states is not None  # no rollout is empty

@@ -26,7 +26,7 @@ class ValueHead(nn.Module):
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
-        width = model.config.get_text_config().hidden_size
+        width = model.get_output_embeddings().weight.shape[1]
         self.hidden, self.out = nn.Linear(width, width), nn.Linear(width, 1)
         generator = torch.Generator().manual_seed(0)  # equal runs have equal critics
         nn.init.normal_(self.hidden.weight, std=width**-0.5, generator=generator)
@@ -53,9 +53,10 @@ class ValueHead(nn.Module):
 
     def units(self, hidden: Tensor) -> Tensor:
         """(n,) values before `shift` and `scale`, which only a rollout's returns can give."""
-        h = hidden.detach().float()
-        units: Tensor = self.out(gelu(self.hidden(rms_norm(h, h.shape[-1:])))).squeeze(-1)
-        return units
+        with torch.autocast(hidden.device.type, enabled=False):
+            h = hidden.detach().float()
+            units: Tensor = self.out(gelu(self.hidden(rms_norm(h, h.shape[-1:])))).squeeze(-1)
+            return units
 
     def in_nats(self, units: Tensor) -> Tensor:
         """Values in nats from `units`."""

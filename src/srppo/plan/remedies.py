@@ -49,7 +49,7 @@ def alternatives(recipe: Recipe, longest: int) -> list[list[Changes]]:
         found.append(smaller)
     if model.dtype == "float32":
         found.append([{"model.dtype": "bfloat16"}])
-    if not model.offload and ppo.estimator != "all_action":  # which cannot be combined
+    if not model.offload and not recipe.uses_all_action:  # which cannot be combined
         found.append([{"model.offload": True}])
     if not model.lora:
         found.append([{"model.lora": {"rank": 16}}])

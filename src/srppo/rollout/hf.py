@@ -88,9 +88,15 @@ class HFSampler:
             Sequences(prompts, ids[:, :longest], mask),
             logprobs[:, :longest],
             ended,
-            exact=temperature == 1 and len(self.models) == 1,
+            exact=temperature == 1 and len(self.models) == 1 and self._in_float32,
             value_units=units[:, :longest] if self.critic else None,
         )
+
+    @property
+    def _in_float32(self) -> bool:
+        """Otherwise cached decoding and a pass over the whole response round differently, which
+        the KL term would take for a difference of models."""
+        return self.compute == "float32" and self.models[-1].model.dtype == torch.float32
 
     @torch.no_grad()
     def _decode(

@@ -34,7 +34,8 @@ class FrozenStates:
     def logits(self, roles: Roles, batch: Batch, some: slice) -> tuple[Tensor, Tensor]:
         """(n, V) of pi_sft and of pi_base, for a chunk of a batch's response tokens."""
         rows = self.places[batch.rows][batch.mask][some]
-        with torch.no_grad():
+        # The reward keeps its own precision, whatever the update multiplies in.
+        with torch.no_grad(), torch.autocast(batch.response_ids.device.type, enabled=False):
             return (
                 output_logits(roles.sft.model, self.sft[rows].to(roles.sft.device)),
                 output_logits(roles.base.model, self.base[rows].to(roles.base.device)),

@@ -57,7 +57,10 @@ def audit(
     with reporter.bar("audit: sampling", 2 * len(prompts), "responses") as advance:
         for k, (name, model) in enumerate({"sft": sft, "base": base}.items()):
             sampler = HFSampler(
-                model, eos_token_id=tokenizer.eos_token_id, max_new_tokens=max_response_tokens
+                model,
+                eos_token_id=tokenizer.eos_token_id,
+                max_new_tokens=max_response_tokens,
+                max_tokens_per_batch=budget,
             )
             sets[name] = sampler.sample(prompts, seed * 2 + k, progress=advance).sequences
 
