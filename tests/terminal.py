@@ -94,5 +94,6 @@ def plain(text: str) -> str:
 
 
 def _own_terminal(theirs: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell's background job ignores it
     os.setsid()
     ioctl(theirs, termios.TIOCSCTTY, 0)
