@@ -18,7 +18,7 @@ from srppo.train.ppo import train_ppo
 VARIANTS = {
     "all-action": {"estimator": "all_action"},
     "ppo-eos": {"credit": "eos"},
-    "ppo-token": {"credit": "token"},
+    "ppo-token": {"credit": "token", "value_learning_rate": 1.5e-3},  # see docs/LOG.md
     "rloo": {"estimator": "rloo", "responses_per_prompt": 8},
 }
 SLOW = pytest.mark.slow
@@ -68,8 +68,7 @@ def test_the_trainer_reaches_the_enumerated_optimum(variant, kl_coef, tmp_path, 
         )
     assert found.j_policy <= found.j_star + 1e-4
     assert found.gap_closed >= 0.99
-    # The critic on the policy's states leaves 0.034 there, one with a trunk of its own left 0.017.
-    assert found.kl_to_optimum <= (0.05 if (variant, kl_coef) == ("ppo-token", 0.2) else 0.03)
+    assert found.kl_to_optimum <= 0.03
 
 
 def test_the_gap_at_the_start_is_the_gibbs_identity():
