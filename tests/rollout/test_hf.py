@@ -52,6 +52,25 @@ def test_equal_prompts_get_responses_of_their_own():
     assert len({tuple(ids) for ids in rollout.sequences.response_ids.tolist()}) > 16
 
 
+@pytest.mark.parametrize(
+    ("options", "dtype", "temperature", "exact"),
+    [
+        ({}, torch.float32, 1.0, True),
+        ({"compute": "bfloat16"}, torch.float32, 1.0, True),  # on a CPU: only training is reduced
+        ({}, torch.bfloat16, 1.0, False),
+        ({}, torch.float32, 0.5, False),
+    ],
+)
+def test_the_sampled_logprobs_stand_for_a_scoring_pass_only_where_they_equal_it(
+    options, dtype, temperature, exact
+):
+    model = tiny.model().to(dtype)
+    rollout = sampler_of(model, **options).sample(PROMPTS, seed=1, temperature=temperature)
+    assert rollout.exact == exact
+    off = (rollout.logprobs - score(model, rollout.sequences, 1000)).abs()
+    assert (off[rollout.sequences.mask].max() < 1e-5) == exact
+
+
 @pytest.mark.parametrize("budget", [1, 30, 100])
 def test_the_cut_into_batches_changes_nothing(model, budget):
     whole = sampler_of(model).sample(PROMPTS, seed=1)

@@ -96,7 +96,10 @@ class HFSampler:
     def _in_float32(self) -> bool:
         """Otherwise cached decoding and a pass over the whole response round differently, which
         the KL term would take for a difference of models."""
-        return self.compute == "float32" and self.models[-1].model.dtype == torch.float32
+        as_weights = (
+            self.compute == "float32" or self.models[-1].device.type == "cpu"
+        )  # `computing`
+        return as_weights and self.models[-1].model.dtype == torch.float32
 
     @torch.no_grad()
     def _decode(
