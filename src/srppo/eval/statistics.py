@@ -19,7 +19,7 @@ RESAMPLES = 9999
 
 @dataclass(frozen=True)
 class Estimate:
-    """A score on `n` questions. One question alone gives no error: NaN, but for Wilson's interval."""
+    """A score on `n` questions. One alone gives no error: NaN, but for Wilson's interval."""
 
     value: float
     stderr: float
