@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 import statsmodels.api as sm
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from scipy import stats
 from statsmodels.stats.contingency_tables import mcnemar
@@ -167,8 +167,7 @@ def test_clusters_are_compared_by_question(seed):
 def test_a_bootstraps_p_and_interval_agree(seed):
     first, second = questions(seed, n=30)
     found = statistics.paired_clusters(first, second)
-    assume(0 not in (found.low, found.high))
-    assert (found.p < 0.05) == (not found.low < 0 < found.high)
+    assert (found.p <= 0.05) == (not found.low <= 0 <= found.high)
 
 
 def test_clusters_of_other_sizes_cannot_be_paired():
@@ -224,6 +223,7 @@ def test_a_model_with_clusters_does_not_differ_from_itself():
 # --- several tasks --------------------------------------------------------------------------------
 
 
+@settings(max_examples=15, deadline=None)  # statsmodels takes 0.1 s for each
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=8))
 def test_holm_is_that_of_statsmodels(p):
     assert statistics.holm(p) == pytest.approx(list(multipletests(p, method="holm")[1]))

@@ -264,11 +264,12 @@ def _noise(against: str, rows: list[Row]) -> list[str]:
 
 def _notes(first: Stored, models: list[Stored], task: str, rows: list[Row]) -> list[str]:
     """What else must be known beside the scores."""
+    whole = {r.metric: r.n for r in rows if r.against is None}
     notes = [
-        f"{task}, {r.metric}: {r.model} and {r.against} are compared on {r.questions} questions, "
-        f"{r.n - r.questions} of {r.model}'s have no partner."
+        f"{task}, {r.metric}: {r.model} and {r.against} are compared on the {r.questions} "
+        f"questions that both have, of {r.n} and {whole[r.metric]}."
         for r in rows
-        if r.questions is not None and r.questions < r.n
+        if r.questions is not None and r.questions < max(r.n, whole[r.metric])
     ]
     for model in models:
         own = model.task(task)
