@@ -185,19 +185,22 @@ def test_what_is_noise_is_said(out):
         f"chance: {noise:.1f} (sft)."
     ]
     again = compare({"sft": out / "sft", "copy": out / "sft"}, tasks=["gsm8k"])
-    assert again["notes"][0].endswith("1.5 (copy). Such is that of copy.")
+    assert again["notes"][0].endswith("1.5 (copy). That is so for copy.")
 
 
 def test_settings_seeds_data_and_notes_that_differ_are_said(out):
+    change(out / "base", "gsm8k", notes=["Both."])
     change(out / "sft", seed=1)
-    change(out / "sft", "gsm8k", settings={"max_gen_toks": 1280, "num_fewshot": 0}, notes=["Odd."])
+    settings = {"max_gen_toks": 1280, "num_fewshot": 0, "wins": 12}
+    change(out / "sft", "gsm8k", settings=settings, notes=["Odd.", "Both."])
     change(out / "sft", "gsm8k", data_sha256="f" * 64)
     notes = compare(named(out, "base", "sft"), tasks=["gsm8k"])["notes"]
     assert "gsm8k: max_gen_toks is 1280 (sft), 512 (base)." in notes
     assert "gsm8k: seed is 1 (sft), 0 (base)." in notes
     assert any("data_sha256 is ffffffffffff... (sft)" in note for note in notes)
     assert "gsm8k, sft: Odd." in notes
-    assert not any("num_fewshot" in note for note in notes)
+    assert [note for note in notes if "Both." in note] == ["gsm8k: Both."]
+    assert not any("num_fewshot" in note or "wins" in note for note in notes)
 
 
 def test_tasks_that_failed_or_are_missing_are_left_out_and_said(out):
@@ -283,14 +286,14 @@ def test_other_questions_are_refused(out):
 def test_another_number_of_questions_is_refused_or_forced_on_the_common_ones(out, same_data):
     some = {"gsm8k": {m: v[:80] for m, v in random_scores(9, 0.5, 200)["gsm8k"].items()}}
     write(out / "few", some, **({} if same_data else {"data_sha256": None}))
-    with pytest.raises(ConfigError, match=r"n is 80 and 200; use the same --limit\.\n"):
+    with pytest.raises(ConfigError, match=r"n is 80 and 200; use the same --limit, or"):
         compare(named(out, "base", "few"))
     comparison = compare(named(out, "base", "few"), force=True)
     found = row(comparison, "gsm8k", "flexible", "few")
     first, second = (scores(out / name, "gsm8k", "flexible")[:80] for name in ("base", "few"))
     assert found["questions"] == 80
     assert found["difference"] == pytest.approx((sum(second) - sum(first)) / 80)
-    assert any(note.endswith("--limit. Compared all the same.") for note in comparison["notes"])
+    assert any(note.endswith("--resume. Compared all the same.") for note in comparison["notes"])
     back = compare(named(out, "few", "base"), force=True)
     assert any("the 80 questions that both have, of 200 and 80" in note for note in back["notes"])
 

@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 import statsmodels.api as sm
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from scipy import stats
 from statsmodels.stats.contingency_tables import mcnemar
@@ -223,8 +223,7 @@ def test_a_model_with_clusters_does_not_differ_from_itself():
 # --- several tasks --------------------------------------------------------------------------------
 
 
-@settings(max_examples=15, deadline=None)  # statsmodels takes 0.1 s for each
-@given(st.lists(st.floats(0, 1), min_size=1, max_size=8))
+@pytest.mark.parametrize("p", [[0.03], [0.01, 0.04, 0.03, 0.005], [0.2, 0.2, 1, 0], [0.9, 0.02]])
 def test_holm_is_that_of_statsmodels(p):
     assert statistics.holm(p) == pytest.approx(list(multipletests(p, method="holm")[1]))
 

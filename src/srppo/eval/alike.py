@@ -9,12 +9,15 @@ from srppo.eval.read import Stored
 
 CURES = {
     "version": "evaluate both with the same lm-eval or alpaca-eval",
-    "headline": "score both with the same judge",
-    "n": "use the same --limit",
+    "headline": "score both with the same judge and references",
+    "n": "use the same --limit, or have the rest judged with --resume",
     "template": "use the same --chat-template",
     "template_sha256": "use the same --chat-template",
 }
 """What has to be the same in results.json, and how to make it so."""
+
+FOUND = {"wins", "losses", "draws", "discrete_win_rate", "mean_characters", "responses"}
+"""Beside the settings in results.json, but of the model itself."""
 
 
 def require_alike(first: Stored, others: list[Stored], tasks: list[str]) -> None:
@@ -69,7 +72,7 @@ def settings_that_differ(first: Stored, other: Stored, task: str) -> list[str]:
         f"{task}: {key} is {_short(theirs.get(key))} ({other.name}), "
         f"{_short(ours.get(key))} ({first.name})."
         for key in {**ours, **theirs}
-        if ours.get(key) != theirs.get(key)
+        if ours.get(key) != theirs.get(key) and key not in FOUND
     ]
 
 

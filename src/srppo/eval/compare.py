@@ -255,7 +255,7 @@ def _noise(against: str, rows: list[Row]) -> list[str]:
         return []
     bounds = ", ".join(f"{100 * noise:.1f} ({r.model})" for r, noise in known)
     within = [r.model for r, noise in known if abs(r.difference or 0) < noise]
-    verdict = f" Such is that of {' and of '.join(within)}." if within else ""
+    verdict = f" That is so for {', '.join(within)}." if within else ""
     return [
         f"{rows[0].task}, {known[0][0].questions or rows[0].n} questions: a difference from "
         f"{against} below so many points cannot be told from chance: {bounds}.{verdict}"
@@ -277,7 +277,9 @@ def _notes(first: Stored, models: list[Stored], task: str, rows: list[Row]) -> l
         notes += [
             f"{task}: {x} is not there for all models." for x in own.metrics if x not in shown
         ]
-        notes += [f"{task}, {model.name}: {note}" for note in own.notes]
+        for note in own.notes:
+            shared = all(note in m.task(task).notes for m in models)
+            notes.append(f"{task}: {note}" if shared else f"{task}, {model.name}: {note}")
         if model is not first:
             notes += [
                 f"{task}, {model.name} and {first.name}: {reason} Compared all the same."

@@ -40,7 +40,7 @@ LEGEND = [
     "Scores and EOS in %, differences in points, lengths in tokens; cut: responses that the length "
     "limit ended. gained, lost: questions with a higher, a lower score than {against}.",
     "p: {tests}. Holm: p adjusted for the number of tasks, of each task's first metric.",
-    "Intervals are 95% intervals over questions. Another training seed is not in them.",
+    "Intervals are 95% intervals over questions. They do not cover another training seed.",
 ]
 
 
