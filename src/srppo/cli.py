@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from srppo.cli_compare import compare as compare_models
 from srppo.errors import ConfigError, SrppoError
 
 if TYPE_CHECKING:
@@ -204,6 +205,8 @@ def push(
 
     typer.echo(f"Pushed: {push(directory, repository, private=private)}")
 
+
+app.command("compare")(compare_models)
 
 data = typer.Typer(no_args_is_help=True, help="Look at data before anything is trained.")
 app.add_typer(data, name="data")
