@@ -4,7 +4,7 @@ BIN := .venv/bin
 SEEDS ?= 0 1 2 3 4
 export GOMP_SPINCOUNT ?= 10000
 
-.PHONY: install demo table test slow lint check bench bench-all bench-quick bench-scaling clean
+.PHONY: install demo table test slow lint check docs bench bench-all bench-quick bench-scaling clean
 
 install: .venv/installed
 
@@ -47,6 +47,10 @@ lint: install
 
 check: lint test slow
 
+# The documentation as a site, in site/.
+docs: install
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 # Our engine beside its peers, interleaved: about twelve minutes on an idle machine.
 bench: install .bench/installed
 	$(BIN)/python bench/same_work.py
@@ -75,4 +79,4 @@ bench-scaling: install
 	touch $@
 
 clean:
-	rm -rf .venv .bench runs .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf .venv .bench runs site .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
