@@ -316,11 +316,11 @@ def test_an_sft_model_and_prompts_are_enough(finished, tmp_path):
 
 
 def test_a_full_disk_ends_the_run_with_a_message_and_the_same_command_goes_on(small_disk):
-    """The metrics fit, the weights do not."""
+    """The record fits, a checkpoint does not: known after the first step."""
     recipe = write_recipe(small_disk)
     done = srppo_command("sft", recipe)
     assert done.code == 2
-    assert f"error: cannot write {small_disk}/run/sft" in done.err
+    assert f"error: cannot write {small_disk}/run/checkpoints/sft/step-000001" in done.err
     assert "o space left on device" in done.err
     assert "run the same command again" in done.err
     grow(small_disk)
@@ -430,7 +430,7 @@ def test_a_run_does_not_go_on_with_other_data(tmp_path):
     start(tmp_path, **settings).sft()
     start(tmp_path, **settings)
     data.write_text("\n".join(rows[::-1]))
-    with pytest.raises(RunDirError, match=r"not what .* began with.*output_dir"):
+    with pytest.raises(RunDirError, match=r"mine\.jsonl holds something else than.*output_dir"):
         start(tmp_path, **settings)
 
 

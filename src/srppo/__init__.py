@@ -17,12 +17,16 @@ __version__ = "0.1.0"
 __all__ = ["__version__", "start"]
 
 
-def start(recipe: str | Path, *overrides: str) -> Run:
+def start(
+    recipe: str | Path, *overrides: str, fresh: bool = False, allow_change: bool = False
+) -> Run:
     """Read a recipe and its data, and open its run directory; the stages are methods of the result.
 
     Args:
         recipe: path of a YAML file.
         overrides: `key.sub=value`, each on top of the recipe.
+        fresh: start over; a run that is there is moved aside.
+        allow_change: go on with one that was begun by another recipe, data, models or code.
 
     Raises:
         SrppoError: whatever can be known to fail before anything is trained.
@@ -34,4 +38,4 @@ def start(recipe: str | Path, *overrides: str) -> Run:
         Run,
     )  # later still: seconds, and a mistake in the recipe is told first
 
-    return Run(checked, source=str(recipe))
+    return Run(checked, source=str(recipe), fresh=fresh, allow_change=allow_change)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from srppo import signals
 from srppo.cli_compare import compare as compare_models
 from srppo.errors import ConfigError, SrppoError
 
@@ -21,8 +22,8 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     help="Align a language model from demonstrations alone, with Self-Rewarding PPO.",
-    epilog="Exit codes: 0 done, 1 a sweep's run failed, 2 unusable input (the message says why), "
-    "130 interrupted.",
+    epilog="Exit codes: 0 done, 1 a sweep's run failed, 2 it cannot go on (the message says why), "
+    "130 interrupted, 143 terminated: what a run has done is kept, the same command goes on.",
 )
 
 RecipePath = Annotated[
@@ -36,6 +37,16 @@ Source = Annotated[
     str, typer.Argument(metavar="DIR", help="A run directory (its policy) or a model directory.")
 ]
 Dtype = Enum("Dtype", {"float32": "float32", "bfloat16": "bfloat16"})
+Fresh = Annotated[
+    bool, typer.Option("--fresh", help="Start over; the run that is there is moved aside.")
+]
+AllowChange = Annotated[
+    bool,
+    typer.Option(
+        "--allow-change",
+        help="Go on with a run that was begun by another recipe, data, models or code.",
+    ),
+]
 RunDirs = Annotated[list[Path], typer.Argument(metavar="RUN_DIR...", help="Finished runs.")]
 
 
@@ -53,8 +64,10 @@ def run(
     memory: Annotated[
         str | None, typer.Option(help="With --dry-run: what it has to fit into, as 80GB.")
     ] = None,
+    fresh: Fresh = False,
+    allow_change: AllowChange = False,
 ) -> None:
-    """Both stages, evaluation and report."""
+    """Both stages, evaluation and report; one that was interrupted goes on where it was."""
     from srppo.progress import stdout
     from srppo.report.terminal import result_table
 
@@ -66,23 +79,33 @@ def run(
             f"{'--gpu' if gpu else '--memory'} without --dry-run has no effect on a run. Add "
             "--dry-run, or leave it out and set model.device."
         )
-    this = _start(recipe, overrides)
-    results = this.all()
+    with signals.listening():
+        this = _start(recipe, overrides, fresh, allow_change)
+        results = this.all()
     if results["rows"]:
         stdout().print(result_table(results))
     stdout().print(f"Model:  {this.dir.path / 'policy'}\nReport: {this.dir.path / 'report.html'}")
 
 
 @app.command()
-def sft(recipe: RecipePath, overrides: Overrides = None) -> None:
+def sft(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    fresh: Fresh = False,
+    allow_change: AllowChange = False,
+) -> None:
     """Stage 1 alone: fine-tune the base model on the demonstrations."""
-    typer.echo(f"Model: {_start(recipe, overrides).sft()}")
+    with signals.listening():
+        model = _start(recipe, overrides, fresh, allow_change).sft()
+    typer.echo(f"Model: {model}")
 
 
 @app.command()
-def audit(recipe: RecipePath, overrides: Overrides = None) -> None:
+def audit(
+    recipe: RecipePath, overrides: Overrides = None, allow_change: AllowChange = False
+) -> None:
     """Is the reward worth climbing? Needs stage 1, or model.sft=DIR."""
-    this = _start(recipe, overrides)
+    this = _start(recipe, overrides, allow_change=allow_change)
     findings = this.audit()
     report = this.report()
     warnings = findings["warnings"] if findings else []
@@ -92,10 +115,11 @@ def audit(recipe: RecipePath, overrides: Overrides = None) -> None:
 
 
 @app.command()
-def ppo(recipe: RecipePath, overrides: Overrides = None) -> None:
+def ppo(recipe: RecipePath, overrides: Overrides = None, allow_change: AllowChange = False) -> None:
     """Stage 2 alone: audit, then PPO. Needs stage 1, or model.sft=DIR."""
-    this = _start(recipe, overrides)
-    model = this.ppo()
+    with signals.listening():
+        this = _start(recipe, overrides, allow_change=allow_change)
+        model = this.ppo()
     typer.echo(f"Model:  {model}\nReport: {this.report()}")
 
 
@@ -261,10 +285,12 @@ def _plan(recipe: str, overrides: list[str] | None, gpu: str | None, memory: str
     show_plan(checked, stdout(), gpu, memory)
 
 
-def _start(recipe: str, overrides: list[str] | None) -> Run:
+def _start(
+    recipe: str, overrides: list[str] | None, fresh: bool = False, allow_change: bool = False
+) -> Run:
     import srppo
 
-    return srppo.start(recipe, *(overrides or []))
+    return srppo.start(recipe, *(overrides or []), fresh=fresh, allow_change=allow_change)
 
 
 def main() -> None:
@@ -277,6 +303,9 @@ def main() -> None:
     except SrppoError as e:
         typer.echo(f"error: {e}", err=True)
         sys.exit(2)
+    except signals.Interrupted as e:
+        typer.echo(f"{e}: the same command goes on from here", err=True)
+        sys.exit(e.exit_code)
     except KeyboardInterrupt:
         typer.echo("interrupted", err=True)
         sys.exit(130)

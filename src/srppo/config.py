@@ -12,7 +12,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from srppo.config_checkpoint import CheckpointConfig
 from srppo.config_data import DataConfig
+from srppo.config_model import LoRAConfig as LoRAConfig
+from srppo.config_model import ModelConfig as ModelConfig
 from srppo.errors import ConfigError
 from srppo.validation import (
     Fraction,
@@ -25,52 +28,6 @@ from srppo.validation import (
     Seed,
     validate,
 )
-
-
-class LoRAConfig(Section):
-    """What is trained are low-rank adapters on one frozen copy of the weights (arXiv:2106.09685).
-
-    They usually want higher learning rates than full fine-tuning. An adapter given as `model.sft`
-    brings its own rank, alpha and modules, for the policy starts as its copy.
-    """
-
-    rank: Positive = 16
-    """Of the two factors of each weight's change (ours)."""
-    alpha: PositiveFloat = 32.0
-    """The change is alpha/rank times the factors' product (ours)."""
-    target_modules: list[str] | Literal["all-linear"] = "all-linear"
-    """Ends of the names of the layers that get one; `all-linear`: all but the output head."""
-    dropout: Fraction = 0.0
-    """In front of the adapters in stage 1; stage 2 has none, it would break PPO's ratio."""
-
-
-class ModelConfig(Section):
-    """The models that a run starts from."""
-
-    base: str
-    """pi_base: a Hugging Face name, a model directory, or `srppo:miniature`."""
-    sft: str | None = None
-    """An SFT checkpoint made elsewhere, or a LoRA adapter for `base`; stage 1 is then skipped."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Number format of frozen models; what is trained, and log-probabilities, are float32."""
-    device: str = "auto"
-    """`auto` (CUDA if there is one), `cpu`, `cuda`, `cuda:1`."""
-    lora: LoRAConfig | None = None
-    """Train adapters; base, sft and policy share one copy of the weights. null: train all."""
-    quantize: Literal["4bit", "8bit"] | None = None
-    """The frozen weights in 4 (NF4) or 8 bits, by bitsandbytes; needs lora. null: in dtype."""
-    offload: bool = False
-    """Frozen models wait in CPU memory and visit the GPU while they score. Weights that the policy
-    shares stay there."""
-
-    @model_validator(mode="after")
-    def _possible(self) -> ModelConfig:
-        if self.quantize and not self.lora:
-            raise ValueError(
-                f"quantize={self.quantize} without lora: quantised weights cannot be trained. "
-                "Set model.lora.rank=16."
-            )
-        return self
 
 
 class SFTConfig(Section):
@@ -272,6 +229,7 @@ class Recipe(Section):
     audit: AuditConfig = AuditConfig()
     ppo: PPOConfig = PPOConfig()
     eval: EvalConfig = EvalConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
     controls: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9][\w.@-]*$")], ControlConfig] = Field(
         {}
     )
@@ -299,6 +257,12 @@ class Recipe(Section):
                 "model.offload with ppo.estimator=all_action: the update needs the output heads of "
                 "the frozen models at every chunk, so they would move all the time. Set "
                 "ppo.estimator=ppo, or model.offload=false."
+            )
+        best = self.checkpoint.keep_best or ""
+        if best.startswith("eval/") and not self.eval.every:
+            raise ValueError(
+                f"checkpoint.keep_best={best} is measured during stage 2 only with eval.every, "
+                "which is not set: no policy would be kept. Set eval.every."
             )
         for name, control in self.controls.items():
             if name in ("base", "sft", "policy"):

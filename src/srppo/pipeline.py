@@ -14,45 +14,52 @@ from pathlib import Path
 from typing import Any
 
 import transformers
-from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from srppo.config import PPOConfig, Recipe, SFTConfig
 from srppo.data.chat import apply_template, closing
 from srppo.data.describe import describe_all, describe_overlap
-from srppo.data.load import fingerprint, read_data
+from srppo.data.load import fingerprint as data_fingerprint
+from srppo.data.load import read_data
 from srppo.data.prompts import Prompt
 from srppo.errors import ConfigError, RunDirError
 from srppo.eval.evaluate import Evaluator, load_scorer
 from srppo.eval.models import evaluate_models
-from srppo.models.load import (
-    check_same_tokens,
-    context_length,
-    has_tokenizer,
-    is_adapter,
-    load_tokenizer,
-    require_quantizer,
-)
+from srppo.models.load import fingerprint as model_fingerprint
+from srppo.models.load import require_quantizer
 from srppo.models.memory import activation_checkpointing
 from srppo.models.roles import Role, Roles
-from srppo.models.start import start_frozen, start_sft
+from srppo.models.start import check_context, start_frozen, start_sft, start_tokenizer
 from srppo.progress import Reporter
 from srppo.provenance import now, provenance
 from srppo.report import build
 from srppo.report.card import write_cards
 from srppo.rollout.hf import HFSampler
 from srppo.train.audit import audit
-from srppo.train.checkpoint import RunDir
+from srppo.train.checkpoint import RunDir, move_aside
 from srppo.train.metrics import MetricsLog
 from srppo.train.ppo import train_ppo
 from srppo.train.sft import train_sft
+from srppo.train.steps import Keeper
 from srppo.train.update import Metrics
 
 
 class Run:
     """One recipe on its way through the stages. A stage that is done already is left out."""
 
-    def __init__(self, recipe: Recipe, reporter: Reporter | None = None, source: str = "") -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        reporter: Reporter | None = None,
+        source: str = "",
+        *,
+        fresh: bool = False,
+        allow_change: bool = False,
+    ) -> None:
         """Reads the data and opens the run directory; nothing is trained yet.
+
+        Args:
+            fresh: start over; a run that is there is moved aside.
+            allow_change: go on with one that was begun by another recipe, data, models or code.
 
         Raises:
             SrppoError: whatever would fail later and can be known now.
@@ -63,12 +70,16 @@ class Run:
         self.reporter = reporter or Reporter()
         if recipe.model.quantize:
             require_quantizer(recipe.model.quantize)
-        self.tokenizer = self._tokenizer()
-        self._check_context()
+        self.tokenizer = start_tokenizer(recipe.model)
+        apply_template(self.tokenizer)
+        check_context(recipe.model, recipe.data)
         self.scorer = load_scorer(recipe.eval.scorer) if recipe.eval.scorer else None
         self.data = read_data(recipe, self.tokenizer)
-        self.dir = RunDir.open(recipe, {"name": recipe.name, **provenance(recipe, source)})
-        self._check_same_data()
+        inputs = self._inputs()
+        if fresh and (old := move_aside(recipe)):
+            self.reporter.line(f"starting over: the run that was there is now {old}")
+        made_by = {"name": recipe.name, **provenance(recipe, source)}
+        self.dir = RunDir.open(recipe, made_by, inputs, allow_change=allow_change)
         self.dir.write_json("data.json", self.data.reports)
         self.dir.write_text("data.txt", describe_all(self.data.reports))
         self._say_data()
@@ -167,7 +178,8 @@ class Run:
                 "data.demonstrations is not set: stage 1 has nothing to train on. Set it."
             )
         role = start_sft(self.recipe.model, self.recipe.seed)
-        with MetricsLog(self.dir.path, name) as log, role.active() as model:
+        keeper = self._keeper(name)
+        with MetricsLog(self.dir.path, name, keeper.metrics) as log, role.active() as model:
             train_sft(
                 model,
                 self.tokenizer,
@@ -176,6 +188,7 @@ class Run:
                 seed=self.recipe.seed,
                 log=log,
                 reporter=self.reporter,
+                keeper=keeper,
                 title=name.upper() if name == "sft" else name,
             )
         self.dir.save_model(name, role, self.tokenizer)
@@ -197,8 +210,10 @@ class Run:
             critic=roles.critic,
             compute=config.compute,
         )
+        keeper = self._keeper(metrics_name)
+        keeper.save_best = lambda: self.dir.save_model(f"best/{name}", roles.policy, self.tokenizer)
         with (
-            MetricsLog(self.dir.path, metrics_name) as log,
+            MetricsLog(self.dir.path, metrics_name, keeper.metrics) as log,
             roles.policy.active() as model,
             activation_checkpointing(model, config.gradient_checkpointing),
         ):
@@ -212,12 +227,16 @@ class Run:
                 reporter=self.reporter,
                 evaluate=(lambda: curve(roles.policy)) if curve else None,
                 evaluate_every=self.recipe.eval.every,
+                keeper=keeper,
                 title="PPO" if name == "policy" else name,
             )
         if stopped:
             self.reporter.line(f"{name}: {stopped}")
             self.dir.record.setdefault("stopped", {})[name] = stopped
         self.dir.save_model(name, roles.policy, self.tokenizer)
+
+    def _keeper(self, stage: str) -> Keeper:
+        return Keeper(self.dir.path, stage, self.recipe.checkpoint, self.reporter)
 
     def _evaluate(self, names: list[str]) -> None:
         if not self.data.eval_prompts:
@@ -296,46 +315,14 @@ class Run:
     def _frozen(self) -> tuple[Role, Role]:
         return start_frozen(self.recipe.model, self.sft(), self.recipe.seed)
 
-    def _tokenizer(self) -> PreTrainedTokenizerBase:
-        """The SFT model's where there is one, checked against the base's."""
+    def _inputs(self) -> dict[str, str]:
+        """What the run reads, and a hash of it: it goes on only with what it began with, else
+        demonstrations that were held out may have been trained on."""
         model = self.recipe.model
-        tokenizer = load_tokenizer(model.base)
-        if model.sft and has_tokenizer(model.sft):
-            base, tokenizer = tokenizer, load_tokenizer(model.sft)
-            check_same_tokens(base, tokenizer, model.base, model.sft)
-        apply_template(tokenizer)
-        return tokenizer
-
-    def _check_context(self) -> None:
-        data = self.recipe.data
-        longest = data.max_prompt_tokens + data.max_response_tokens
-        names = (self.recipe.model.base, self.recipe.model.sft)
-        for name in (n for n in names if n and not is_adapter(n)):
-            context = context_length(name)
-            if context is not None and longest > context:
-                raise ConfigError(
-                    f"data.max_prompt_tokens={data.max_prompt_tokens} + data.max_response_tokens="
-                    f"{data.max_response_tokens} = {longest} is more than the {context} positions "
-                    f"of {name!r}: long sequences would be scored wrongly. Try {context // 2} "
-                    "for each."
-                )
-
-    def _check_same_data(self) -> None:
-        """A run goes on only with the data that it began with."""
-        now_read = fingerprint(self.data)
-        if self.dir.record.setdefault("data_sha256", now_read) != now_read:
-            raise RunDirError(
-                f"the data of {self._sources()} is not what {self.dir.path} began with: "
-                "demonstrations that were held out may have been trained on. Restore the data, or "
-                "set output_dir to a new directory."
-            )
-        self.dir.save_record()
-
-    def _sources(self) -> str:
-        names = [
-            self.data.reports.get(role, {}).get("source") for role in ("demonstrations", "prompts")
-        ]
-        return " and ".join(filter(None, names))
+        names = [self.data.reports.get(r, {}).get("source") for r in ("demonstrations", "prompts")]
+        data = " and ".join(filter(None, names))
+        models = filter(None, dict.fromkeys([model.base, model.sft]))
+        return {data: data_fingerprint(self.data), **{m: model_fingerprint(m) for m in models}}
 
     def _require_sft(self, stage: str) -> None:
         if not self.recipe.model.sft and not self.dir.is_done("sft"):
@@ -352,12 +339,13 @@ class Run:
 
         `facts` are remembered with it; a stage that was done with others is to do again.
         """
-        if self.dir.is_done(name, **facts):
-            yield False
-            return
+        todo = not self.dir.is_done(name, **facts)
         started = time.monotonic()
-        yield True
-        self.dir.mark_done(name, time.monotonic() - started, **facts)
+        yield todo
+        if todo:
+            self.dir.mark_done(name, time.monotonic() - started, **facts)
+        if not self.recipe.checkpoint.keep_finished:
+            self.dir.remove(f"checkpoints/{name}")
 
     def _say_data(self) -> None:
         for role in ("demonstrations", "prompts", "eval"):

@@ -42,13 +42,14 @@ class Reporter:
         self.console.print(text, markup=False)
 
     @contextmanager
-    def bar(self, name: str, total: int, unit: str) -> Iterator[Advance]:
-        """A bar with rate and remaining time; yields a function that advances it by n units.
+    def bar(self, name: str, total: int, unit: str, done: int = 0) -> Iterator[Advance]:
+        """A bar with rate and remaining time, `done` units of it filled before; yields a function
+        that advances it by n units.
 
         Without a terminal: a line at most every ten seconds. A bar inside a bar is drawn below it.
         """
         if not self.console.is_terminal:
-            yield self._plain(name, total, unit)
+            yield self._plain(name, total, unit, done)
             return
         outer = self._live
         live = outer or Progress(
@@ -63,7 +64,7 @@ class Reporter:
             console=self.console,
             transient=True,
         )
-        task = live.add_task(name, total=total, unit=unit)
+        task = live.add_task(name, total=total, unit=unit, completed=done)
         if outer is not None:
             try:
                 yield lambda n: live.advance(task, n)
@@ -77,9 +78,9 @@ class Reporter:
         finally:
             self._live = None
 
-    def _plain(self, name: str, total: int, unit: str) -> Advance:
+    def _plain(self, name: str, total: int, unit: str, before: int) -> Advance:
         started = said = time.monotonic()
-        done = 0
+        done = before
 
         def advance(n: int) -> None:
             nonlocal done, said
@@ -88,7 +89,7 @@ class Reporter:
             if now - said < 10:
                 return
             said = now
-            rate = done / (now - started)
+            rate = (done - before) / (now - started)
             left = (total - done) / rate
             self.line(f"{name}: {done}/{total} {unit}, {rate:.1f}/s, {left:.0f} s left")
 

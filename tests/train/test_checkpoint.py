@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shutil
 
 import pytest
 import torch
@@ -13,8 +14,8 @@ from runs import grow
 from srppo.config import parse_recipe
 from srppo.errors import RunDirError
 from srppo.models.load import load_model, load_tokenizer
-from srppo.train import checkpoint
-from srppo.train.checkpoint import RunDir, read_json, writing
+from srppo.train.checkpoint import RunDir, move_aside
+from srppo.train.files import read_json, writing
 
 
 def recipe_of(path, **more):
@@ -29,8 +30,9 @@ def recipe_of(path, **more):
     )
 
 
-def open_dir(path, **more):
-    return RunDir.open(recipe_of(path, **more), {"command": "srppo test"})
+def open_dir(path, inputs=None, provenance=None, allow_change=False, **more):
+    made_by = {"command": "srppo test", **(provenance or {})}
+    return RunDir.open(recipe_of(path, **more), made_by, inputs, allow_change=allow_change)
 
 
 @pytest.fixture
@@ -78,8 +80,61 @@ def test_another_recipe_is_refused_and_the_difference_named(run):
     assert str(run.path) in message
     assert "ppo.kl_coef was 0.2 and is now 0.5" in message
     assert "seed was 0 and is now 1" in message
-    assert "Set output_dir" in message
+    assert "set output_dir" in message
     assert "kl_ref" not in message  # equal settings are not listed
+
+
+def test_another_recipe_is_allowed_where_that_is_said_and_the_record_remembers_it(run):
+    run.mark_done("sft", 1.0)
+    again = open_dir(run.path, ppo={"kl_coef": 0.5}, allow_change=True)
+    assert again.is_done("sft")
+    (change,) = again.record["changes"]
+    assert change["changed"] == ["ppo.kl_coef was 0.2 and is now 0.5"]
+    assert open_dir(run.path, ppo={"kl_coef": 0.5}).record["changes"] == [change]
+
+
+def test_how_often_it_is_saved_may_change(run):
+    again = open_dir(run.path, checkpoint={"every": 5})
+    assert again.record["recipe"]["checkpoint"]["every"] == 5
+    assert "changes" not in again.record
+
+
+def test_other_contents_of_an_input_are_refused_and_named(tmp_path):
+    open_dir(tmp_path / "run", {"rows.jsonl": "1", "some/model": "a"})
+    with pytest.raises(RunDirError, match=r"some/model holds something else.*--allow-change"):
+        open_dir(tmp_path / "run", {"rows.jsonl": "1", "some/model": "b"})
+    open_dir(tmp_path / "run", {"rows.jsonl": "1", "some/model": "b"}, allow_change=True)
+    open_dir(tmp_path / "run", {"rows.jsonl": "1", "some/model": "b"})
+
+
+def test_other_code_is_refused_until_the_run_is_finished(tmp_path):
+    """A finished run computes nothing any more."""
+    old, new = ({"versions": {"torch": v}, "finished": None} for v in ("2.9", "2.10"))
+    run = open_dir(tmp_path / "run", provenance=old)
+    with pytest.raises(RunDirError, match=r"versions\.torch was '2\.9' and is now '2\.10'"):
+        open_dir(run.path, provenance=new)
+    run.record["finished"] = "2026-01-01"
+    run.save_record()
+    open_dir(run.path, provenance=new)
+
+
+def test_a_fresh_start_keeps_the_old_run_under_another_name(run, tmp_path):
+    recipe = recipe_of(run.path)
+    assert move_aside(recipe) == tmp_path / "run.old-1"
+    assert json.loads((tmp_path / "run.old-1" / "run.json").read_text())["command"] == "srppo test"
+    assert move_aside(recipe) is None  # nothing is there now
+    open_dir(run.path)
+    assert move_aside(recipe) == tmp_path / "run.old-2"
+
+
+def test_a_run_directory_that_was_removed_is_not_made_anew(run):
+    """Half a run would look like one."""
+    shutil.rmtree(run.path)
+    with pytest.raises(RunDirError, match="the run directory was removed"):
+        run.write_json("results.json", {})
+    with pytest.raises(RunDirError, match="the run directory was removed"):
+        run.save_model("policy", tiny.model(), tiny.tokenizer())
+    assert not run.path.exists()
 
 
 def test_foreign_files_are_refused_and_left_alone(tmp_path):
@@ -242,6 +297,6 @@ def test_only_what_the_file_system_refuses_is_translated(tmp_path):
 
 
 def test_the_error_remembers_its_cause(tmp_path):
-    with pytest.raises(RunDirError) as error, checkpoint.writing(tmp_path):
+    with pytest.raises(RunDirError) as error, writing(tmp_path):
         no_space()
     assert isinstance(error.value.__cause__, OSError)

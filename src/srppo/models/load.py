@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import logging
 from importlib import resources
 from importlib.util import find_spec
@@ -209,6 +210,22 @@ def context_length(name: str) -> int | None:
     except LOAD_ERRORS as e:
         raise ModelError(cannot_load("configuration", name, e)) from e
     return getattr(config.get_text_config(), "max_position_embeddings", None)
+
+
+def fingerprint(name: str) -> str:
+    """What tells a model from another of the same name: the commit of one on the hub, else a
+    sha256 of its files."""
+    path = resolve(name)
+    if not Path(path).is_dir():
+        try:
+            return str(AutoConfig.from_pretrained(path)._commit_hash)
+        except LOAD_ERRORS as e:
+            raise ModelError(cannot_load("configuration", name, e)) from e
+    digest = hashlib.sha256()
+    for file in sorted(p for p in Path(path).iterdir() if p.suffix in (".json", ".safetensors")):
+        with file.open("rb") as content:
+            digest.update(hashlib.file_digest(content, "sha256").digest())
+    return digest.hexdigest()
 
 
 def check_same_tokens(

@@ -4,11 +4,45 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from srppo.config import LoRAConfig, ModelConfig
-from srppo.errors import ModelError
-from srppo.models.load import is_adapter, load_model, pick_device
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from srppo.config_data import DataConfig
+from srppo.config_model import LoRAConfig, ModelConfig
+from srppo.errors import ConfigError, ModelError
+from srppo.models.load import (
+    check_same_tokens,
+    context_length,
+    has_tokenizer,
+    is_adapter,
+    load_model,
+    load_tokenizer,
+    pick_device,
+)
 from srppo.models.lora import Backbone
 from srppo.models.roles import Role
+
+
+def start_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
+    """The SFT model's where there is one, checked against the base's."""
+    tokenizer = load_tokenizer(config.base)
+    if config.sft and has_tokenizer(config.sft):
+        base, tokenizer = tokenizer, load_tokenizer(config.sft)
+        check_same_tokens(base, tokenizer, config.base, config.sft)
+    return tokenizer
+
+
+def check_context(config: ModelConfig, data: DataConfig) -> None:
+    """Raises ConfigError if the longest sequence is longer than the models have positions for."""
+    longest = data.max_prompt_tokens + data.max_response_tokens
+    for name in (n for n in (config.base, config.sft) if n and not is_adapter(n)):
+        context = context_length(name)
+        if context is not None and longest > context:
+            raise ConfigError(
+                f"data.max_prompt_tokens={data.max_prompt_tokens} + data.max_response_tokens="
+                f"{data.max_response_tokens} = {longest} is more than the {context} positions "
+                f"of {name!r}: long sequences would be scored wrongly. Try {context // 2} "
+                "for each."
+            )
 
 
 def start_sft(config: ModelConfig, seed: int) -> Role:

@@ -1,20 +1,18 @@
 """The run directory: one run, its parts written whole or not at all.
 
-run.json  recipe.yaml  data.json  metrics/*.jsonl  sft/  audit.json  policy/  controls/NAME/
-results.json  samples.jsonl  report.html  README.md in each model directory
+run.json  recipe.yaml  data.json  metrics/*.jsonl  checkpoints/STAGE/  sft/  audit.json  policy/
+controls/NAME/  best/NAME/  results.json  samples.jsonl  report.html  README.md in each model
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
 from transformers import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
@@ -22,54 +20,104 @@ from srppo.config import Recipe
 from srppo.errors import RunDirError
 from srppo.models.roles import Role
 from srppo.models.save import as_trained, save
+from srppo.provenance import now
+from srppo.train.files import flush, make_folder, read_json, write_text, writing
+from srppo.train.lock import FILE as LOCK
+from srppo.train.lock import Lock, own
+
+OVER = "set output_dir to a new directory, or start over with --fresh, which keeps the old one"
+CODE = ("srppo_version", "commit", "versions")
+"""What of a record says by which code a run is made."""
 
 
 class RunDir:
-    """A directory that belongs to one recipe. Stages that are done stay done."""
+    """A directory that belongs to one recipe and one process. Stages that are done stay done."""
 
-    def __init__(self, path: Path, record: dict[str, Any]) -> None:
+    def __init__(self, path: Path, record: dict[str, Any], lock: Lock) -> None:
         self.path = path
         self.record = record
         """What run.json holds."""
+        self._lock = lock
 
     @staticmethod
-    def open(recipe: Recipe, provenance: dict[str, Any]) -> RunDir:
-        """Create the directory, or go on with it if it was made by the same recipe.
+    def open(
+        recipe: Recipe,
+        provenance: dict[str, Any],
+        inputs: dict[str, str] | None = None,
+        *,
+        allow_change: bool = False,
+    ) -> RunDir:
+        """Create the directory, or go on with it if it was made by the same recipe from the same
+        inputs by the same code.
+
+        Args:
+            inputs: what is read, by name, and a hash of it.
+            allow_change: go on all the same; run.json then says what changed, and when.
 
         Raises:
-            RunDirError: it holds something else, or it cannot be written.
+            RunDirError: it holds something else, another process runs it, or it cannot be written.
         """
         path = recipe.run_dir
-        wanted = recipe.model_dump(mode="json")
+        wanted = {**provenance, "recipe": recipe.model_dump(mode="json"), "inputs": inputs or {}}
         with writing(path):
             path.mkdir(parents=True, exist_ok=True)
             # run.json.part is what an interrupted first write leaves behind.
-            found = sorted(p.name for p in path.iterdir() if p.name != "run.json.part")
-        if "run.json" in found:
-            record = read_json(path / "run.json")
-            if not isinstance(record, dict) or not {"recipe", "stages"} <= record.keys():
-                raise RunDirError(
-                    f"{path}/run.json was not written by srppo: going on could overwrite "
-                    "somebody's files. Set output_dir to a new directory."
-                )
-            changed = _differences(record["recipe"], wanted)
-            if changed:
-                raise RunDirError(
-                    f"{path} already holds another run: {'; '.join(changed[:3])}"
-                    f"{' ...' if len(changed) > 3 else ''}. Going on would mix the two. "
-                    "Set output_dir to a new directory, or delete this one."
-                )
-            run = RunDir(path, record)
-        elif found:
+            found = sorted({p.name for p in path.iterdir()} - {"run.json.part", LOCK})
+        if found and "run.json" not in found:
             raise RunDirError(
                 f"{path} holds files that are not a run of srppo ({found[0]!r} first): writing "
                 "there could overwrite them. Set output_dir to a new directory."
             )
+        lock = own(path)
+        if found:
+            run = RunDir(path, read_json(path / "run.json"), lock)
+            run._go_on(wanted, allow_change)
         else:
-            run = RunDir(path, {"recipe": wanted, **provenance, "stages": {}})
+            run = RunDir(path, {**wanted, "stages": {}}, lock)
             run.save_record()
-        run.write_text("recipe.yaml", _yaml(wanted))
+        run.write_text("recipe.yaml", _yaml(wanted["recipe"]))
         return run
+
+    def _go_on(self, wanted: dict[str, Any], allow_change: bool) -> None:
+        """Check that this is the same run; remember what is not, where that is allowed."""
+        if not isinstance(self.record, dict) or not {"recipe", "stages"} <= self.record.keys():
+            raise RunDirError(
+                f"{self.path}/run.json was not written by srppo: going on could overwrite "
+                "somebody's files. Set output_dir to a new directory."
+            )
+        changed = self._changes(wanted)
+        if changed and not allow_change:
+            raise RunDirError(
+                f"{self.path} already holds another run: {'; '.join(changed[:4])}"
+                f"{' ...' if len(changed) > 4 else ''}. Going on would mix the two. Undo the "
+                f"change, {OVER}; or go on all the same with --allow-change: what is done stays "
+                "as it is."
+            )
+        if changed:
+            self.record.setdefault("changes", []).append({"at": now(), "changed": changed})
+            self.record |= {key: wanted[key] for key in CODE if key in wanted}
+            self.record |= {"finished": None, "inputs": wanted["inputs"]}
+        if changed or self.record["recipe"] != wanted["recipe"]:
+            self.record["recipe"] = wanted["recipe"]
+            self.save_record()
+
+    def _changes(self, wanted: dict[str, Any]) -> list[str]:
+        """What is not as the run began: settings, contents of inputs, code; in words.
+
+        How often it is saved may change, and so may the code once everything is done.
+        """
+        began = self.record.get("inputs", {})
+        old, new = ({**r["recipe"], "checkpoint": None} for r in (self.record, wanted))
+        old_code, new_code = ({key: r.get(key) for key in CODE} for r in (self.record, wanted))
+        return [
+            *_differences(old, new),
+            *(
+                f"{name} holds something else than when the run began"
+                for name, digest in wanted["inputs"].items()
+                if began.get(name, digest) != digest
+            ),
+            *(_differences(old_code, new_code) if self.record.get("finished") is None else []),
+        ]
 
     def save_record(self) -> None:
         """Write run.json."""
@@ -95,12 +143,13 @@ class RunDir:
 
     def write_text(self, name: str, text: str) -> None:
         """Write a file aside, then rename it into place."""
-        target = self.path / name
-        aside = target.with_name(target.name + ".part")
-        with writing(target):
-            target.parent.mkdir(parents=True, exist_ok=True)
-            aside.write_text(text, encoding="utf-8")
-            os.replace(aside, target)
+        write_text(self.path / name, text, self.path)
+
+    def remove(self, name: str) -> None:
+        """A directory of the run, if it is there."""
+        with writing(self.path / name):
+            if (self.path / name).exists():
+                shutil.rmtree(self.path / name)
 
     def read_json(self, name: str) -> Any:
         """A JSON file of the run. Raises RunDirError if it is missing or unreadable."""
@@ -114,15 +163,36 @@ class RunDir:
         target = self.path / name
         aside = target.with_name(target.name + ".part")
         with writing(target):
-            target.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(target.parent, self.path)
+            shutil.rmtree(aside, ignore_errors=True)  # of a crash
             try:
                 save(model, tokenizer, aside, as_trained(tokenizer, longest))
+                flush(aside)
                 if target.exists():
                     shutil.rmtree(target)
                 os.replace(aside, target)
+                flush(target.parent, deep=False)
             finally:
                 shutil.rmtree(aside, ignore_errors=True)
         return target
+
+
+def move_aside(recipe: Recipe) -> Path | None:
+    """Make room for a fresh start: the run that is there gets another name, which is returned.
+
+    Raises:
+        RunDirError: it is being run, it is none of srppo's, or it cannot be renamed.
+    """
+    path = recipe.run_dir
+    if not (path / "run.json").is_file():
+        return None
+    lock = own(path)
+    taken = (path.with_name(f"{path.name}.old-{n}") for n in itertools.count(1))
+    aside = next(p for p in taken if not p.exists())
+    with writing(aside):
+        os.rename(path, aside)
+    del lock
+    return aside
 
 
 def model_in(path: str) -> str:
@@ -140,33 +210,6 @@ def model_in(path: str) -> str:
             f"command that began it, or give {run / 'sft'} once that is there."
         )
     return str(run / "policy")
-
-
-@contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Turn what the file system refuses into an error that names path and cure."""
-    try:
-        yield
-    except RunDirError:
-        raise
-    except (OSError, SafetensorError) as e:
-        reason = getattr(e, "strerror", None) or str(e)
-        raise RunDirError(
-            f"cannot write {path} ({reason}): this part of the run is lost, what was written "
-            "before is whole. Free space or set output_dir to a directory that you may write to, "
-            "then run the same command again."
-        ) from e
-
-
-def read_json(path: Path) -> Any:
-    """Raises RunDirError if the file is missing or unreadable."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as e:
-        raise RunDirError(
-            f"cannot read {path} ({e}): the run cannot be continued or shown. "
-            "Delete the run directory and run again."
-        ) from e
 
 
 def _yaml(tree: dict[str, Any]) -> str:

@@ -25,7 +25,8 @@ from srppo.rollout.sampler import Rollout, Sampler
 from srppo.train.all_action import FrozenStates, frozen_states, score_all_actions
 from srppo.train.metrics import MetricsLog
 from srppo.train.pace import Pace, Stopwatch
-from srppo.train.update import Experience, Metrics, Optimizers, generator, update
+from srppo.train.steps import Keeper, Steps
+from srppo.train.update import Experience, Metrics, Optimizers, Trained, generator, update
 
 Evaluate = Callable[[], Metrics]
 """Measures the policy as it is now, without touching its state or the run's random numbers."""
@@ -60,6 +61,7 @@ def train_ppo(
     reporter: Reporter,
     evaluate: Evaluate | None = None,
     evaluate_every: int | None = None,
+    keeper: Keeper | None = None,
     title: str = "PPO",
 ) -> str | None:
     """Maximise E_x E_{y~pi_theta}[ r(x,y) - kl_coef log(pi_theta/pi_ref) ]; trains roles.policy.
@@ -68,6 +70,7 @@ def train_ppo(
         sampler: samples from `roles.policy` as it is at the time of the call.
         prompts: token ids; drawn without replacement, shuffled anew when used up.
         evaluate: called after the last and after every `evaluate_every`-th step.
+        keeper: of checkpoints; training goes on from the last one.
 
     Returns:
         Why training stopped early, or None.
@@ -81,8 +84,11 @@ def train_ppo(
     total = steps + (config.value_warmup_steps if roles.critic else 0)
     optimizers = Optimizers(roles, config)
     pace, watch = Pace(roles, config), Stopwatch()
-    with reporter.bar(title, total, "steps") as advance:
-        for step in range(1, total + 1):
+    with (
+        Steps(keeper, Trained(roles, optimizers), log) as place,
+        reporter.bar(title, total, "steps", place.done) as advance,
+    ):
+        for step in range(place.done + 1, total + 1):
             warming_up = step <= total - steps
             optimizers.set_progress((step - 1 - (total - steps)) / steps)
             batch = prompt_batch(prompts, per_step, step, seed)
@@ -113,6 +119,7 @@ def train_ppo(
                 rollout, scores.policy, values, advantages, returns, scores.frozen
             )
             shuffle = generator(_seed(seed, "minibatches", step))
+            place.begin_update()
             with watch("update"):
                 metrics |= update(
                     roles, experience, optimizers, config, shuffle, move_policy=not warming_up
@@ -125,6 +132,7 @@ def train_ppo(
             log.log(step, metrics)
             reporter.line(headline(title, step, total, metrics))
             advance(1)
+            place.complete(step, metrics)
     return None
 
 

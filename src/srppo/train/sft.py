@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import math
 import time
 import warnings
 from collections.abc import Sequence
+from dataclasses import asdict, replace
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -21,6 +23,7 @@ from transformers import (
     TrainingArguments,
 )
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+from transformers.trainer import TRAINER_STATE_NAME
 from trl import SFTConfig as TRLConfig
 from trl import SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
@@ -30,6 +33,8 @@ from srppo.data.demonstrations import Example
 from srppo.models.memory import activation_checkpointing
 from srppo.progress import Advance, Reporter
 from srppo.train.metrics import MetricsLog
+from srppo.train.state import Tree, load_optimizer, load_tensors, optimizer_state
+from srppo.train.steps import Keeper, Steps
 
 IGNORED = -100  # label of tokens without loss: the prompt
 
@@ -43,10 +48,11 @@ def train_sft(
     seed: int,
     log: MetricsLog,
     reporter: Reporter,
+    keeper: Keeper | None = None,
     title: str = "SFT",
 ) -> PreTrainedModel:
     """Minimise -log pi(y|x) over response tokens (EOS included). Trains `model` in place: what of
-    it requires gradients, all or its adapter.
+    it requires gradients, all or its adapter; on from the last checkpoint of `keeper`.
 
     The loss of an optimizer step is the mean over the response tokens of its batch.
     Source: arXiv:2510.21090, stage 1.
@@ -56,11 +62,7 @@ def train_sft(
     steps = config.epochs * math.ceil(len(examples) / (micro * accumulation))
     trained = [p for p in model.parameters() if p.requires_grad]
     model.train()
-    with (
-        TemporaryDirectory() as scratch,
-        reporter.bar(title, steps, "steps") as advance,
-        warnings.catch_warnings(),
-    ):
+    with TemporaryDirectory() as scratch, warnings.catch_warnings():
         # TRL's own default of this setting already goes through its deprecated name.
         warnings.filterwarnings("ignore", message="`gradient_checkpointing` is deprecated")
         arguments = TRLConfig(
@@ -92,19 +94,25 @@ def train_sft(
             arguments._n_gpu = 1  # one process, one GPU; the trainer would split batches over all
         # SFTTrainer prints each log line to stdout; ours go through the reporter.
         with contextlib.redirect_stdout(io.StringIO()):
-            trainer = SFTTrainer(
+            trainer = _Trainer(
                 model=model,
                 args=arguments,
                 train_dataset=Dataset.from_list([_row(e) for e in examples]),
                 processing_class=tokenizer,
                 data_collator=DataCollatorForLanguageModeling(pad_token_id=tokenizer.eos_token_id),
                 optimizer_cls_and_kwargs=_optimizer(config),
-                callbacks=[_Report(log, reporter, advance, title)],
             )
             for p in trained:
                 p.data = p.data.float()  # the trainer makes adapters on quantised weights bfloat16
-            with activation_checkpointing(model, config.gradient_checkpointing):
-                trainer.train()
+            with (
+                Steps(keeper, trainer, log) as place,
+                reporter.bar(title, steps, "steps", place.done) as advance,
+                activation_checkpointing(model, config.gradient_checkpointing),
+            ):
+                place.more = trainer.more_files
+                trainer.add_callback(_Report(trainer, place, log, reporter, advance, title))
+                found = keeper and keeper.found
+                trainer.train(resume_from_checkpoint=str(found.path) if found else None)
     return model.eval()
 
 
@@ -120,12 +128,85 @@ def _optimizer(config: SFTConfig) -> tuple[type[torch.optim.Optimizer], dict[str
     return torch.optim.AdamW, common
 
 
-class _Report(TrainerCallback):
-    """Passes the trainer's log on to ours."""
+class _Trainer(SFTTrainer):
+    """Goes on from our checkpoints: its own would be unpickled.
 
-    def __init__(self, log: MetricsLog, reporter: Reporter, advance: Advance, title: str) -> None:
+    A checkpoint holds a file of the trainer's beside ours, by which it finds its place in the data.
+    """
+
+    before: Tree | None = None
+    """What it goes on from."""
+    random: Tree
+    """Generators as the last step left them: dropout draws from them."""
+
+    def note_random(self) -> None:
+        """The step is over."""
+        device = self.model.device
+        on_device = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+        self.random = {"cpu": torch.get_rng_state(), "device": on_device}
+
+    def state_dict(self) -> Tree:
+        """As it was after the last step."""
+        return {
+            "weights": self._weights(),
+            "optimizer": optimizer_state(self.optimizer.optimizer),
+            "random": self.random,
+        }
+
+    def load_state_dict(self, state: Tree) -> None:
+        """The weights; the rest when the trainer asks for it."""
+        load_tensors(self._weights(), state["weights"])
+        self.before = state
+
+    def more_files(self) -> dict[str, str]:
+        """The trainer's own place, as it reads it."""
+        state = replace(self.state, log_history=[])
+        return {TRAINER_STATE_NAME: json.dumps(asdict(state), indent=1)}
+
+    def _weights(self) -> list[torch.nn.Parameter]:
+        return [p for p in self.model.parameters() if p.requires_grad]
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """Done by `load_state_dict`."""
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if self.before is None:
+            return
+        load_optimizer(self.optimizer.optimizer, self.before["optimizer"])
+        step, schedule = self.state.global_step, self.lr_scheduler
+        peaks = zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)
+        schedule.last_epoch, schedule._step_count = step, step + 1
+        schedule._last_lr = [peak * factor(step) for peak, factor in peaks]
+        for group, rate in zip(self.optimizer.param_groups, schedule._last_lr, strict=True):
+            group["lr"] = rate
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if self.before is None:
+            return
+        random = self.before["random"]
+        torch.set_rng_state(random["cpu"])
+        if random["device"] is not None:
+            torch.cuda.set_rng_state(random["device"], self.model.device)
+
+
+class _Report(TrainerCallback):
+    """Passes the trainer's steps on to `Steps`, and its log to ours."""
+
+    def __init__(
+        self,
+        trainer: _Trainer,
+        place: Steps,
+        log: MetricsLog,
+        reporter: Reporter,
+        advance: Advance,
+        title: str,
+    ) -> None:
+        self.trainer, self.place = trainer, place
         self.log, self.reporter, self.advance, self.title = log, reporter, advance, title
         self.started = time.monotonic()
+
+    def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        self.place.begin_update()
 
     def on_log(
         self,
@@ -148,3 +229,5 @@ class _Report(TrainerCallback):
                 f"{self.title} step {state.global_step}/{state.max_steps}  "
                 f"loss {values['loss']:.3f} nats/token  lr {values['learning_rate']:.2g}"
             )
+        self.trainer.note_random()
+        self.place.complete(state.global_step, values)

@@ -23,6 +23,7 @@ from srppo.models.roles import Roles
 from srppo.models.scoring import chunks, hidden_states, output_logits
 from srppo.rollout.sampler import Rollout
 from srppo.train.all_action import FrozenStates
+from srppo.train.state import Tree, load_optimizer, load_tensors, misfit, optimizer_state
 
 Metrics = dict[str, float]
 
@@ -88,6 +89,34 @@ class Optimizers:
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         return float(norm)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a step of stage 2 changes: the rest follows from its number."""
+
+    roles: Roles
+    optimizers: Optimizers
+
+    def state_dict(self) -> Tree:
+        """As it is between two steps."""
+        critic = self.roles.critic
+        return {
+            "policy": self.roles.policy.parameters(),
+            "critic": critic.state_dict() if critic else None,
+            "optimizers": [optimizer_state(optimizer) for optimizer in self.optimizers.all],
+        }
+
+    def load_state_dict(self, state: Tree) -> None:
+        """As it was. Raises RunDirError if that was another model."""
+        critic, saved = self.roles.critic, state["optimizers"]
+        if len(saved) != len(self.optimizers.all):
+            raise misfit("either it or the recipe has a critic")
+        load_tensors(self.roles.policy.parameters(), state["policy"])
+        if critic:
+            load_tensors(critic.state_dict().values(), list(state["critic"].values()))
+        for optimizer, values in zip(self.optimizers.all, saved, strict=True):
+            load_optimizer(optimizer, values)
 
 
 def update(

@@ -1,0 +1,210 @@
+"""Checkpoints: a stage's training as it was between two steps, whole or not there.
+
+    checkpoints/STAGE/step-000012/
+        tensors.safetensors   weights, optimizers, random states
+        state.json            everything else, and where each tensor belongs
+        metrics.jsonl         the log up to that step
+        manifest.json         sha256 of each of them
+
+Nothing is unpickled. A directory is written aside, flushed to the disk and renamed, so a crash at
+any moment leaves the checkpoints that were there before.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.optim import Optimizer
+
+from srppo.errors import RunDirError
+from srppo.train.files import flush, make_folder, writing
+
+Tree = dict[str, Any]
+"""Nested dictionaries and lists of tensors and of what JSON holds."""
+TENSORS, STATE, METRICS, MANIFEST = (
+    "tensors.safetensors",
+    "state.json",
+    "metrics.jsonl",
+    "manifest.json",
+)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """One that is whole."""
+
+    step: int
+    path: Path
+
+    @property
+    def metrics(self) -> str:
+        """The log's lines up to the step."""
+        return (self.path / METRICS).read_text(encoding="utf-8")
+
+    def read(self) -> Tree:
+        """What was saved; tensors on the CPU."""
+        tree = json.loads((self.path / STATE).read_text(encoding="utf-8"))
+        joined: Tree = _join(tree, load_file(self.path / TENSORS))
+        return joined
+
+
+class Checkpoints:
+    """Those of one stage."""
+
+    def __init__(self, run_dir: Path, stage: str, keep: int, say: Callable[[str], None]) -> None:
+        """Looks for the newest that is whole; `say` is told of newer ones that are not.
+
+        `keep`: how many there are at most.
+        """
+        self.run_dir = run_dir
+        self.folder = run_dir / "checkpoints" / stage
+        self.keep = keep
+        self.newest = self._find(say)
+        """What to go on from; None: the stage begins."""
+
+    def save(self, step: int, tree: Tree, log: Path, more: dict[str, str] | None = None) -> None:
+        """Write the checkpoint of a step, then remove those that are too many.
+
+        Args:
+            log: the metrics file, which holds the step by now.
+            more: further files by name.
+
+        Raises:
+            RunDirError: the file system refuses; the checkpoints from before are as they were.
+        """
+        target = self._of(step)
+        aside = target.with_name(target.name + ".part")
+        tensors: dict[str, Tensor] = {}
+        with writing(target):
+            shutil.rmtree(aside, ignore_errors=True)  # of a crash
+            make_folder(aside, self.run_dir)
+            try:
+                plain = json.dumps(_split(tree, "", tensors))
+                save_file(tensors, aside / TENSORS)
+                (aside / STATE).write_text(plain, encoding="utf-8")
+                shutil.copyfile(log, aside / METRICS)
+                for name, text in (more or {}).items():
+                    (aside / name).write_text(text, encoding="utf-8")
+                (aside / MANIFEST).write_text(manifest(aside), encoding="utf-8")
+                flush(aside)
+                shutil.rmtree(target, ignore_errors=True)  # damaged, else nobody came here again
+                os.replace(aside, target)
+                flush(self.folder, deep=False)
+            except BaseException:
+                shutil.rmtree(aside, ignore_errors=True)  # a full disk needs the room
+                raise
+            there = self._all()
+            earlier = [other for other in there if other <= step]
+            for other in earlier[: -self.keep] + [x for x in there if x > step]:
+                shutil.rmtree(self._of(other))  # one of a later step is damaged
+
+    def _find(self, say: Callable[[str], None]) -> Checkpoint | None:
+        for step in reversed(self._all()):
+            path = self._of(step)
+            if damage := damage_of(path):
+                say(f"checkpoint {path} is damaged ({damage}): it is not used, but the one before")
+                continue
+            return Checkpoint(step, path)
+        return None
+
+    def _all(self) -> list[int]:
+        """The steps that there are checkpoints of, in order."""
+        names = (path.name.removeprefix("step-") for path in self.folder.glob("step-*"))
+        return sorted(int(name) for name in names if name.isdecimal())
+
+    def _of(self, step: int) -> Path:
+        return self.folder / f"step-{step:06d}"
+
+
+def manifest(directory: Path) -> str:
+    """The sha256 of every file in it but the manifest, as JSON."""
+    digests = {}
+    for path in sorted(directory.iterdir()):
+        if path.name != MANIFEST:
+            with path.open("rb") as file:
+                digests[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return json.dumps(digests, indent=1) + "\n"
+
+
+def damage_of(directory: Path) -> str | None:
+    """What is wrong with a checkpoint, in words; None: nothing."""
+    try:
+        there, wanted = manifest(directory), (directory / MANIFEST).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as e:
+        return f"{getattr(e, 'filename', None) or MANIFEST} cannot be read"
+    if there == wanted:
+        return None
+    try:
+        expected = dict(json.loads(wanted))
+    except (ValueError, TypeError):
+        return f"{MANIFEST} cannot be read"
+    found = json.loads(there)
+    names = sorted(n for n in expected.keys() | found.keys() if expected.get(n) != found.get(n))
+    return f"{names[0] if names else MANIFEST} is not what was written"
+
+
+def _split(value: Any, place: str, tensors: dict[str, Tensor]) -> Any:
+    """`value` as JSON; its tensors go into `tensors`, and leave their place there."""
+    if isinstance(value, Tensor):
+        tensors[place] = value.detach().cpu().contiguous()
+        return {"tensor": place}
+    if isinstance(value, dict):
+        return {str(k): _split(v, f"{place}.{k}".lstrip("."), tensors) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_split(v, f"{place}.{i}", tensors) for i, v in enumerate(value)]
+    return value
+
+
+def _join(value: Any, tensors: dict[str, Tensor]) -> Any:
+    """The inverse; keys are text, tuples are lists."""
+    if isinstance(value, dict):
+        if value.keys() == {"tensor"}:
+            return tensors[value["tensor"]]
+        return {k: _join(v, tensors) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_join(v, tensors) for v in value]
+    return value
+
+
+def load_tensors(into: Iterable[Tensor], saved: list[Tensor]) -> None:
+    """Copy values over. Raises RunDirError where number or shapes differ."""
+    into = list(into)
+    shapes, wanted = [list(x.shape) for x in saved], [list(x.shape) for x in into]
+    if shapes != wanted:
+        raise misfit(f"{len(saved)} tensors, {len(into)} are wanted, or of other shapes")
+    with torch.no_grad():
+        for ours, theirs in zip(into, saved, strict=True):
+            ours.copy_(theirs)
+
+
+def optimizer_state(optimizer: Optimizer) -> Tree:
+    """What it remembers of each weight; its rates and the like are the recipe's."""
+    return {"kind": type(optimizer).__name__, "state": optimizer.state_dict()["state"]}
+
+
+def load_optimizer(optimizer: Optimizer, saved: Tree) -> None:
+    """The inverse. Raises RunDirError where it was another kind of optimizer."""
+    kind = type(optimizer).__name__
+    if saved["kind"] != kind:
+        raise misfit(f"its optimizer is {saved['kind']}, {kind} is wanted")
+    state = {int(place): values for place, values in saved["state"].items()}
+    groups = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+def misfit(reason: str) -> RunDirError:
+    """The error for a checkpoint of something else."""
+    return RunDirError(
+        f"the last checkpoint does not fit what the recipe trains now ({reason}): the stage cannot "
+        "go on from it. Undo the change of the recipe, or start over with --fresh."
+    )

@@ -1,0 +1,160 @@
+"""The steps of a stage, from where its last checkpoint stands; signals end them between two."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Protocol
+
+from srppo import signals
+from srppo.config_checkpoint import CheckpointConfig
+from srppo.progress import Reporter
+from srppo.train.metrics import MetricsLog
+from srppo.train.state import Checkpoint, Checkpoints, Tree
+
+SHARE = 0.01
+"""Of the time, for saving, where the recipe does not say how often."""
+
+
+class Trained(Protocol):
+    """What a step changes; all else follows from the step's number, the recipe and the data."""
+
+    def state_dict(self) -> Tree:
+        """As it is now, between two steps."""
+        ...
+
+    def load_state_dict(self, state: Tree) -> None:
+        """As it was; `state` has been to the disk: keys are text, tuples are lists."""
+        ...
+
+
+class Keeper:
+    """Where a stage's checkpoints lie, and when there are new ones."""
+
+    def __init__(
+        self,
+        run_dir: Path,
+        stage: str,
+        settings: CheckpointConfig,
+        reporter: Reporter,
+        save_best: Callable[[], object] | None = None,
+    ) -> None:
+        """Finds what to go on from. `save_best` keeps the policy as it is as the best so far."""
+        self.settings = settings
+        self.reporter = reporter
+        self.save_best = save_best
+        self.checkpoints = Checkpoints(run_dir, stage, settings.keep_last, reporter.line)
+
+    @property
+    def found(self) -> Checkpoint | None:
+        """What to go on from; None: from the beginning."""
+        return self.checkpoints.newest
+
+    @property
+    def metrics(self) -> str:
+        """The log's lines up to there."""
+        return self.found.metrics if self.found else ""
+
+
+class Steps:
+    """The place in a stage's steps.
+
+    with Steps(keeper, trained, log) as steps:       # as the last checkpoint was
+        for step in range(steps.done + 1, total + 1):
+            ...                                      # a signal ends this at once
+            steps.begin_update()                     # from here on it waits
+            ...
+            steps.complete(step, metrics)            # for this: saved, and out
+    """
+
+    def __init__(self, keeper: Keeper | None, trained: Trained, log: MetricsLog) -> None:
+        """Loads the last checkpoint into `trained`; without a keeper, nothing is kept.
+
+        Raises:
+            RunDirError: it was made by another model or optimizer.
+        """
+        self.keeper = keeper
+        self.trained = trained
+        self.log = log
+        self.done = 0
+        """The last step that is complete."""
+        self._saved = 0
+        self._best: float | None = None
+        self._updating = False
+        self._last_save = time.monotonic()
+        self._cost: float | None = None
+        self.more: Callable[[], dict[str, str]] = dict
+        """Further files of a checkpoint by name, with their text."""
+        if keeper and keeper.found:
+            self._load(keeper.found)
+
+    def begin_update(self) -> None:
+        """Weights change from here on: a signal waits for the step to be complete."""
+        if self.keeper:
+            signals.hold(self.keeper.settings.grace)
+        self._updating = True
+
+    def complete(self, step: int, metrics: dict[str, float]) -> None:
+        """The step is done and logged: save if it is time, and end here if a signal waits."""
+        self.done, self._updating = step, False
+        if not self.keeper:
+            return
+        stop = signals.came()
+        self._keep_best(metrics)
+        if stop or self._is_time(step):
+            self._save()
+        signals.release()
+
+    def __enter__(self) -> Steps:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        interrupted = isinstance(error, signals.Interrupted | KeyboardInterrupt)
+        finished = error is None and self.keeper and self.keeper.settings.keep_finished
+        if not self.keeper or not (interrupted or finished):
+            return
+        if self.done > self._saved and not self._updating:
+            self._save()
+        if interrupted:
+            self.keeper.reporter.line(
+                f"kept at step {self._saved}: the same command goes on from there"
+            )
+
+    def _save(self) -> None:
+        assert self.keeper
+        started = time.monotonic()
+        tree = {"best": self._best, "trained": self.trained.state_dict()}
+        self.log.flush()
+        self.keeper.checkpoints.save(self.done, tree, self.log.path, self.more())
+        self._saved, self._last_save = self.done, time.monotonic()
+        self._cost = self._last_save - started
+
+    def _is_time(self, step: int) -> bool:
+        assert self.keeper
+        if self.keeper.settings.every:
+            return step % self.keeper.settings.every == 0
+        return self._cost is None or time.monotonic() - self._last_save > self._cost / SHARE
+
+    def _keep_best(self, metrics: dict[str, float]) -> None:
+        assert self.keeper
+        value = metrics.get(self.keeper.settings.keep_best or "")
+        if value is None or not self.keeper.save_best:
+            return
+        if self._best is None or value > self._best:
+            self.keeper.save_best()
+            self._best = value
+
+    def _load(self, checkpoint: Checkpoint) -> None:
+        assert self.keeper
+        tree = checkpoint.read()
+        self.trained.load_state_dict(tree["trained"])
+        self._best = tree["best"]
+        self.done = self._saved = checkpoint.step
+        self.keeper.reporter.line(f"going on after step {self.done}, from {checkpoint.path}")
