@@ -118,6 +118,7 @@ def test_a_minimal_recipe(minimal):
         ("ppo.learning_rate=1E-5", "learning_rate", 1e-5),
         ("ppo.learning_rate=2.e-6", "learning_rate", 2e-6),
         ("ppo.kl_coef=1", "kl_coef", 1.0),
+        ("ppo.kl_coef=auto", "kl_coef", "auto"),
         ("ppo.steps=3", "steps", 3),
         ("ppo.steps=null", "steps", None),
         ("ppo.whiten_advantages=false", "whiten_advantages", False),
@@ -237,6 +238,8 @@ def test_keys_and_types_that_are_refused(changes, words):
     ("changes", "words"),
     [
         ({"ppo": {"estimator": "rloo"}}, "Set ppo.responses_per_prompt=4."),
+        ({"ppo": {"kl_coef": "auto", "reward": "mean"}}, "Set ppo.kl_coef=0.5, say."),
+        ({"ppo": {"kl_coef": "auto", "token_clip": 1.0}}, "Set ppo.kl_coef=0.5, say."),
         ({"ppo": {"responses_per_prompt": 3}}, "Try ppo.rollouts_per_step=1023."),
         ({"ppo": {"rollouts_per_step": 2, "responses_per_prompt": 3}}, "rollouts_per_step=3."),
         ({"sft": {"batch_size": 30, "micro_batch_size": 8}}, "Try micro_batch_size=2."),

@@ -341,6 +341,32 @@ def test_start_is_the_same_from_python(tmp_path):
     assert record["recipe_source"] == str(recipe)
 
 
+def test_kl_coef_auto_trains_with_what_the_audit_found(tmp_path):
+    """The same run with that number set by hand gives the same bytes."""
+    (tmp_path / "auto").mkdir()
+    changes = {"data": {"held_out": 24}, "eval": {"every": None, "limit": 6}}
+    auto = write_recipe(tmp_path / "auto", **changes, ppo={"kl_coef": "auto"})
+    said = srppo_command("run", auto)
+    assert said.code == 0, said.err
+    curve = json.loads((tmp_path / "auto/run/audit.json").read_text())["curve"]
+    beta = 1 / (curve["lam_star"] - 1)
+    assert f"ppo.kl_coef=auto is {beta:.3g}" in said.out + said.err
+    by_hand = write_recipe(tmp_path / "hand", **changes, ppo={"kl_coef": beta})
+    assert srppo_command("run", by_hand).code == 0
+    weights = [
+        (tmp_path / n / "run/policy/model.safetensors").read_bytes() for n in ("auto", "hand")
+    ]
+    assert weights[0] == weights[1]
+
+
+def test_kl_coef_auto_without_held_out_demonstrations_says_so_first(tmp_path):
+    recipe = write_recipe(tmp_path, data={"held_out": 0}, ppo={"kl_coef": "auto"})
+    said = srppo_command("run", recipe)
+    assert said.code == 2
+    assert "Set data.held_out" in said.err
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("stage", ["audit", "ppo"])
 def test_stage_2_without_stage_1_says_what_to_do(tmp_path, stage):
     run = start(tmp_path)

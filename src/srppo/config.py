@@ -23,6 +23,7 @@ from srppo.validation import (
     NonNegativeFloat,
     Positive,
     PositiveFloat,
+    PositiveOrAuto,
     Schedule,
     Section,
     Seed,
@@ -99,8 +100,9 @@ class PPOConfig(Section):
     """Keep each layer's input only and compute the rest again in the backward pass: activations
     take a fraction of the memory, the pass about a third more time."""
 
-    kl_coef: PositiveFloat = 0.2
-    """beta, the KL coefficient (paper: 0.2 or 0.5)."""
+    kl_coef: PositiveOrAuto = 0.2
+    """beta, the KL coefficient (paper: 0.2 or 0.5). `auto`: the one that aims where the audit finds
+    held-out demonstrations likeliest (ours)."""
     kl_ref: Literal["sft", "base"] = "sft"
     """pi_ref (ours; the paper's choice could not be read)."""
     credit: Literal["eos", "token"] = "eos"
@@ -149,6 +151,11 @@ class PPOConfig(Section):
                 "reward=mean with estimator=all_action: the length that it divides by is not known "
                 "before the response ends, so no single token has a reward. Set ppo.reward=sum."
             )
+        if self.kl_coef == "auto" and (self.reward == "mean" or self.token_clip):
+            raise ValueError(
+                "kl_coef=auto with reward=mean or token_clip: the audit's curve is of the plain "
+                "sum, so its beta would not be this reward's. Set ppo.kl_coef=0.5, say."
+            )
         left_over = self.rollouts_per_step % self.responses_per_prompt
         if left_over:
             fitting = max(self.rollouts_per_step - left_over, self.responses_per_prompt)
@@ -158,6 +165,12 @@ class PPOConfig(Section):
                 f"responses than the others. Try ppo.rollouts_per_step={fitting}."
             )
         return self
+
+    @property
+    def beta(self) -> float:
+        """`kl_coef` as a number, which `auto` is not before the audit."""
+        assert self.kl_coef != "auto"
+        return self.kl_coef
 
 
 class AuditConfig(Section):
@@ -299,6 +312,14 @@ class Recipe(Section):
         """Whether stage 2 or a control's does."""
         changed = (control.ppo or {} for control in self.controls.values())
         return "all_action" in {self.ppo.estimator, *(c.get("estimator") for c in changed)}
+
+    @property
+    def finds_beta(self) -> bool:
+        """Whether stage 2 or a control's takes its beta from the audit."""
+        return any(
+            self.with_control(control).ppo.kl_coef == "auto"
+            for control in [ControlConfig(ppo={}), *self.controls.values()]
+        )
 
     @property
     def run_dir(self) -> Path:

@@ -34,7 +34,7 @@ from srppo.provenance import now, provenance
 from srppo.report import build
 from srppo.report.card import write_cards
 from srppo.rollout.hf import HFSampler
-from srppo.train.audit import audit
+from srppo.train.audit import audit, with_found_beta
 from srppo.train.checkpoint import RunDir, move_aside
 from srppo.train.metrics import MetricsLog
 from srppo.train.ppo import train_ppo
@@ -75,6 +75,11 @@ class Run:
         check_context(recipe.model, recipe.data)
         self.scorer = load_scorer(recipe.eval.scorer) if recipe.eval.scorer else None
         self.data = read_data(recipe, self.tokenizer)
+        if recipe.finds_beta and not self.data.held_out:
+            raise ConfigError(
+                "ppo.kl_coef=auto needs held-out demonstrations, and there are none: there is no "
+                "curve to find it on. Set data.held_out, or ppo.kl_coef=0.2."
+            )
         inputs = self._inputs()
         if fresh and (old := move_aside(recipe)):
             self.reporter.line(f"starting over: the run that was there is now {old}")
@@ -201,6 +206,9 @@ class Run:
         config: PPOConfig,
         curve: Callable[[Role], Metrics] | None,
     ) -> None:
+        if config.kl_coef == "auto" and (findings := self.audit()):
+            config = with_found_beta(config, findings)
+            self.reporter.line(f"{name}: ppo.kl_coef=auto is {config.beta:.3g}")
         roles = Roles.begin(self.base, self.pi_sft, critic=config.estimator == "ppo")
         sampler = HFSampler(
             roles.policy,

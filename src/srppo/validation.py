@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError
 
 from srppo.errors import ConfigError
 
@@ -13,6 +13,10 @@ Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+PositiveOrAuto = Annotated[
+    Annotated[PositiveFloat, Tag("number")] | Annotated[Literal["auto"], Tag("word")],
+    Discriminator(lambda value: "word" if value == "auto" else "number"),
+]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Schedule = Literal["constant", "linear", "cosine"]
@@ -41,7 +45,8 @@ def validate(kind: type[Section], tree: Any, prefix: tuple[str, ...] = ()) -> An
 
 def _explain(kind: type[Section], error: Any, prefix: tuple[str, ...]) -> str:
     """One pydantic error as: key, value, consequence, cure."""
-    key = ".".join(str(part) for part in (*prefix, *error["loc"])) or "recipe"
+    place = [part for part in error["loc"] if part != "number"]  # not a key: a Tag of the above
+    key = ".".join(str(part) for part in (*prefix, *place)) or "recipe"
     if error["type"] == "extra_forbidden":
         known = _known_keys(kind, error["loc"][:-1])
         near = difflib.get_close_matches(str(error["loc"][-1]), known, n=1)

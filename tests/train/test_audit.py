@@ -9,14 +9,23 @@ from scipy.stats import mannwhitneyu
 
 import tiny
 from enumerable import fine_tuned, tiny_llama
+from srppo.algo.optimum import extrapolate, optimum
 from srppo.config import PPOConfig, load_recipe
 from srppo.data.chat import Example
-from srppo.errors import SrppoError
+from srppo.errors import ConfigError, SrppoError
 from srppo.eval.evaluate import held_out_nll
 from srppo.models.batching import Sequences
 from srppo.models.scoring import score
 from srppo.progress import Reporter
-from srppo.train.audit import LAMBDAS, auc, audit, lambda_curve, top_tokens, warnings_from
+from srppo.train.audit import (
+    LAMBDAS,
+    auc,
+    audit,
+    lambda_curve,
+    top_tokens,
+    warnings_from,
+    with_found_beta,
+)
 
 BUDGET = 10**6
 
@@ -193,6 +202,32 @@ def test_the_kl_coef_proposed_aims_at_the_best_lambda(ref, cure):
     config = PPOConfig(kl_coef=0.1, kl_ref=ref)
     (warning,) = warnings_from(findings(star=3.0, nll_recipe=9.0), config)
     assert cure in warning
+
+
+@pytest.mark.parametrize("star", [1.25, 3.0, 11.0])
+@pytest.mark.parametrize("ref", ["sft", "base"])
+def test_the_beta_found_has_its_optimum_at_the_best_lambda(ref, star):
+    """Where a response is one token, pi* of that beta is the extrapolation to lambda*."""
+    beta = with_found_beta(PPOConfig(kl_coef="auto", kl_ref=ref), findings(star=star)).beta
+    base, sft = torch.randn(2, 9, dtype=torch.float64).log_softmax(-1)
+    best, _ = optimum(sft, base, beta, ref)
+    torch.testing.assert_close(best, extrapolate(base, sft, star))
+
+
+@pytest.mark.parametrize("swapped", [False, True])
+def test_with_auto_the_recipe_aims_at_the_best_lambda(pair, swapped):
+    """From sft to base the same demonstrations are likeliest on the other side of 1."""
+    curve = curve_of(pair[::-1] if swapped else pair, kl_coef="auto")
+    assert curve["lams"] == LAMBDAS
+    assert curve["lam_recipe"] == curve["lam_star"]
+    assert curve["nll_recipe"] == min(curve["nll"])
+    assert (curve["beta_star"] is None) == (curve["lam_star"] <= 1)
+
+
+@pytest.mark.parametrize("star", [0.5, 1.0])
+def test_no_beta_is_found_where_nothing_is_left_to_extrapolate(star):
+    with pytest.raises(ConfigError, match=f"lambda={star:g}.*Keep the SFT model"):
+        with_found_beta(PPOConfig(kl_coef="auto"), findings(star=star))
 
 
 @pytest.mark.parametrize(("corr", "word"), [(0.9, "longer"), (-0.9, "shorter")])

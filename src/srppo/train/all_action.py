@@ -44,7 +44,7 @@ class FrozenStates:
     def soft_rewards(self, roles: Roles, batch: Batch, some: slice, config: PPOConfig) -> Tensor:
         """(n, V) nats, the reward of every token; see srppo.algo.all_action."""
         sft, base = self.logits(roles, batch, some)
-        return soft_rewards(sft, base, config.kl_coef, config.kl_ref, config.token_clip)
+        return soft_rewards(sft, base, config.beta, config.kl_ref, config.token_clip)
 
 
 def frozen_states(roles: Roles, y: Sequences, max_tokens: int) -> FrozenStates:
@@ -70,13 +70,13 @@ def score_all_actions(
                 ids, logits = batch.response_ids[some], output_logits(model, hidden[some])
                 sft_logits, base_logits = frozen.logits(roles, batch, some)
                 soft = soft_rewards(
-                    sft_logits, base_logits, config.kl_coef, config.kl_ref, config.token_clip
+                    sft_logits, base_logits, config.beta, config.kl_ref, config.token_clip
                 )
                 parts.append(
                     torch.stack(
                         [
                             *(token_logprobs(x, ids) for x in (logits, sft_logits, base_logits)),
-                            expected_gain(logits, soft, config.kl_coef),
+                            expected_gain(logits, soft, config.beta),
                         ]
                     )
                 )

@@ -20,6 +20,7 @@ from srppo.algo.optimum import extrapolated_nll
 from srppo.algo.reward import log_ratio_reward
 from srppo.config import PPOConfig
 from srppo.data.chat import Example
+from srppo.errors import ConfigError
 from srppo.models.batching import Sequences, microbatches
 from srppo.models.load import is_quantized
 from srppo.models.roles import Role
@@ -89,8 +90,10 @@ def lambda_curve(
     base: Role | PreTrainedModel, sft: Role | PreTrainedModel, y: Sequences, config: PPOConfig
 ) -> dict[str, Any]:
     """NLL of demonstrations, in nats a response, under base·(sft/base)^lambda per token."""
-    recipe = (1.0 if config.kl_ref == "sft" else 0.0) + 1.0 / config.kl_coef
-    lams = torch.tensor(sorted({*LAMBDAS, recipe}))
+    wanted = None
+    if config.kl_coef != "auto":
+        wanted = (1.0 if config.kl_ref == "sft" else 0.0) + 1.0 / config.beta
+    lams = torch.tensor(sorted({*LAMBDAS, wanted or 1.0}))
     total = torch.zeros(len(lams))
     base, sft = Role.of(base), Role.of(sft)
     rows, budget = torch.arange(len(y)), config.max_tokens_per_batch
@@ -106,16 +109,44 @@ def lambda_curve(
                 ids = batch.response_ids[some]
                 total += extrapolated_nll(base_logits, sft_logits, ids, lams).sum(1).cpu()
     nll_of = dict(zip(lams.tolist(), (total / len(y)).tolist(), strict=True))
+    star = min(nll_of, key=nll_of.__getitem__)
+    recipe = wanted or star
     nearest = min(nll_of, key=lambda lam: abs(lam - recipe))
     return {
         "lams": list(nll_of),
         "nll": list(nll_of.values()),
-        "lam_star": min(nll_of, key=nll_of.__getitem__),
+        "lam_star": star,
+        "beta_star": beta_at(star, config.kl_ref),
         "lam_recipe": recipe,
         "nll_base": nll_of[0.0],
         "nll_sft": nll_of[1.0],
         "nll_recipe": nll_of[nearest],
     }
+
+
+def beta_at(lam: float, kl_ref: str) -> float | None:
+    """The beta whose optimum is lambda (docs/math.md, eq. 15); None for what is not past SFT."""
+    if lam <= 1.0:
+        return None
+    return 1.0 / (lam - 1.0) if kl_ref == "sft" else 1.0 / lam
+
+
+def with_found_beta(config: PPOConfig, findings: dict[str, Any]) -> PPOConfig:
+    """`kl_coef=auto` replaced by the beta that aims at the audit's best lambda.
+
+    Raises:
+        ConfigError: nothing is left to extrapolate.
+    """
+    star = findings["curve"]["lam_star"]
+    beta = beta_at(star, config.kl_ref)
+    if beta is None:
+        raise ConfigError(
+            f"ppo.kl_coef=auto: held-out demonstrations are likeliest at lambda={star:g}, at the "
+            "SFT model or before it, so no beta makes stage 2 worth its steps. Keep the SFT model, "
+            "train it more gently (fewer epochs, a lower sft.learning_rate, sft.optimizer=sgd), or "
+            "set ppo.kl_coef to a number."
+        )
+    return config.model_copy(update={"kl_coef": beta})
 
 
 def rounding_error(
@@ -201,10 +232,10 @@ def warnings_from(findings: dict[str, Any], config: PPOConfig) -> list[str]:
         )
     elif recipe > star and curve["nll_recipe"] > curve["nll_sft"] and _is_plain(config):
         said.append(
-            f"kl_coef={config.kl_coef:g} asks for lambda={recipe:g}, more extrapolation than the "
+            f"kl_coef={config.beta:g} asks for lambda={recipe:g}, more extrapolation than the "
             f"reward supports: held-out demonstrations cost {curve['nll_recipe']:.2f} nats there, "
             f"{curve['nll_sft']:.2f} at the SFT model and least at lambda={star:g}. "
-            f"{_gentler(star, config)}"
+            f"Try ppo.kl_coef={beta_at(star, config.kl_ref):.2g}, or train SFT more gently."
         )
     return said
 
@@ -212,11 +243,6 @@ def warnings_from(findings: dict[str, Any], config: PPOConfig) -> list[str]:
 def _is_plain(config: PPOConfig) -> bool:
     """Whether lambda follows from kl_coef alone: not with a mean or clipped reward."""
     return config.reward == "sum" and config.token_clip is None
-
-
-def _gentler(star: float, config: PPOConfig) -> str:
-    offset = 1.0 if config.kl_ref == "sft" else 0.0
-    return f"Try ppo.kl_coef={1.0 / (star - offset):.2g}, or train SFT more gently."
 
 
 def auc(above: Tensor, below: Tensor) -> float:

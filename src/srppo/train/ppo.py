@@ -172,7 +172,7 @@ def rewards_of(rollout: Rollout, scores: Scores, config: PPOConfig) -> Tensor:
     ref = scores.sft if config.kl_ref == "sft" else scores.base
     every_token = config.estimator == "all_action"
     credit = "token" if every_token else config.credit
-    rewards = token_rewards(ratios, scores.policy, ref, mask, config.kl_coef, credit)
+    rewards = token_rewards(ratios, scores.policy, ref, mask, config.beta, credit)
     if config.missing_eos_penalty and not every_token:
         cut_off = (~rollout.ended).nonzero().squeeze(1)
         rewards[cut_off, last_token(mask)[cut_off]] -= config.missing_eos_penalty
@@ -234,7 +234,7 @@ def describe(
     metrics = {
         "reward": reward.mean(),
         "reward_std": reward.std(correction=0),
-        "objective": (reward - config.kl_coef * kl_ref).mean(),
+        "objective": (reward - config.beta * kl_ref).mean(),
         "kl_ref": kl_ref.mean(),
         "kl_sft": kl_sft.mean(),
         "kl_base": kl_base.mean(),

@@ -237,7 +237,7 @@ def token_losses(
         logprobs = token_logprobs(logits, ids)
         return clipped_policy_loss(logprobs, old, advantages, config.clip), logprobs
     soft = experience.frozen.soft_rewards(roles, batch, some, config)
-    beta, share = config.kl_coef, config.sampled_share
+    beta, share = config.beta, config.sampled_share
     losses = all_action_loss(logits, soft, ids, old, advantages, beta, share, config.clip)
     return losses, token_logprobs(logits.detach(), ids)
 
