@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from srppo import cli_eval
 from srppo.errors import ConfigError, SrppoError
 
 if TYPE_CHECKING:
@@ -204,6 +205,12 @@ def push(
 
     typer.echo(f"Pushed: {push(directory, repository, private=private)}")
 
+
+app.add_typer(
+    cli_eval.app,
+    name="eval",
+    help="Measure models on IFEval, GSM8K, GPQA and AlpacaEval, or score stored responses.",
+)
 
 data = typer.Typer(no_args_is_help=True, help="Look at data before anything is trained.")
 app.add_typer(data, name="data")
