@@ -34,7 +34,7 @@ Preset = Enum("Preset", {"quick": "quick", "full": "full"})
 Models = Annotated[
     list[str] | None,
     typer.Argument(
-        metavar="[NAME=]MODEL...",
+        metavar="[NAME=]MODEL",
         help="Run directory (its policy), model or adapter directory, hub name. One that is "
         "called base is asked through its template and without.",
     ),
@@ -206,10 +206,9 @@ def _judge(
             "a judge is --judge-url with --judge-model, or --judge alone: who would judge is not "
             "clear."
         )
-    if not (url or local):
-        return None
-    from srppo.eval.judge import LocalJudge, ServerJudge
+    from srppo.eval.judge_local import LocalJudge
+    from srppo.eval.judge_server import ServerJudge
 
-    if local:
-        return LocalJudge(local, device=device, dtype=dtype)
-    return ServerJudge(url, model)
+    if url and model:
+        return ServerJudge(url, model)
+    return LocalJudge(local, device=device, dtype=dtype) if local else None

@@ -64,14 +64,15 @@ def shortened(requests: Sequence[Instance], reader: Reader, context: int | None)
     """What the context takes from prompts and responses, in words; or ""."""
     if context is None:
         return ""
+    notes = []
     if requests[0].request_type == "loglikelihood":
         lengths = [len(reader.encode("".join(request.args))) for request in requests]
-        kept, notes = context + 1, []
+        kept = context + 1
     else:
         lengths = [len(reader.encode(request.args[0])) for request in requests]
         wanted = normalize_gen_kwargs(requests[0].args[1])["max_gen_toks"]
         most = room(wanted, max(lengths), context)
-        kept, notes = context - most, []
+        kept = context - most
         if most < wanted:
             notes.append(f"responses have at most {most} tokens instead of {wanted}")
     if cut := sum(n > kept for n in lengths):

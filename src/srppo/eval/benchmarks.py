@@ -16,7 +16,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -165,10 +165,9 @@ def load_questions(
     examples: list[Row] = []
     if shots and benchmark.shots_files:
         examples, _ = _rows(benchmark, data_dir, benchmark.shots_files, "train")
-    shape = _SHAPES.get(benchmark.name, lambda row, seed: row)
-    columns = benchmark.columns
     docs, pool = (
-        [shape({c: r[c] for c in columns}, seed) for r in some] for some in (rows, examples)
+        [_SHAPES[benchmark.name]({c: row[c] for c in benchmark.columns}, seed) for row in some]
+        for some in (rows, examples)
     )
     return Questions(docs, pool, source)
 
@@ -222,8 +221,9 @@ def _not_there(
     benchmark: Benchmark, data_dir: Path | None, patterns: tuple[str, ...], error: DataError
 ) -> str:
     reason = str(error.__cause__ or error).splitlines()[0]
-    where = f"{data_dir} has no {patterns[0]}" if data_dir else "no --data-dir is given"
-    cure = f"Put it there as {patterns[0]}" if data_dir else f"Give a directory with {patterns[0]}"
+    first = patterns[0].replace(".*", ".jsonl")
+    where = f"{data_dir} has no {first}" if data_dir else "no --data-dir is given"
+    cure = f"Put it there as {first}" if data_dir else f"Give a directory with {first}"
     if benchmark.secret:
         page = f"https://huggingface.co/datasets/{benchmark.hub.partition(':')[0]}"
         cure += f", or accept the conditions at {page}, run `hf auth login` and go online"
@@ -243,7 +243,7 @@ def _ifeval(row: Row, seed: int) -> Row:
 
 def _gpqa(row: Row, seed: int) -> Row:
     """Choices as lm-eval cleans them; their order is the question's own, whatever is around it."""
-    from lm_eval.tasks.gpqa.zeroshot.utils import preprocess
+    from lm_eval.tasks.gpqa.zeroshot.utils import preprocess  # late: the extra
 
     texts = [preprocess(row[f"Incorrect Answer {i}"]) for i in (1, 2, 3)]
     texts.append(preprocess(row["Correct Answer"]))
@@ -253,7 +253,11 @@ def _gpqa(row: Row, seed: int) -> Row:
     return {"Question": row["Question"], **choices, "answer": f"({LETTERS[order.index(3)]})"}
 
 
-_SHAPES: dict[str, Callable[[Row, int], Row]] = {"ifeval": _ifeval, "gpqa": _gpqa}
+def _gsm8k(row: Row, seed: int) -> Row:
+    return row
+
+
+_SHAPES = {"ifeval": _ifeval, "gsm8k": _gsm8k, "gpqa": _gpqa}
 
 
 def sha256(text: str) -> str:

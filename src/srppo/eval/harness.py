@@ -73,7 +73,7 @@ def _evaluate(
     judge: Judge | None,
 ) -> ResultDir:
     record = settings.record()
-    results = ResultDir.begin(out / subject.name, subject.identity(), record, go_on=True)
+    results = ResultDir.begin(out / subject.name, subject.identity(), record)
     load = cache(partial(subject.load, settings.dtype, settings.device))
     job = _Job(subject, plan, settings, results, reporter, load)
     for name in settings.tasks:
@@ -188,9 +188,8 @@ def _without_texts(task: Task, logged: Sequence[Row], scores: Sequence[Row]) -> 
 
 
 def _alpaca(job: _Job, judge: Judge) -> None:
-    from srppo.eval.alpaca import score_annotations
+    from srppo.eval.annotate import score_outputs
     from srppo.eval.ask import Reader
-    from srppo.eval.judge import judge_outputs
 
     subject, references = job.subject, job.plan.references
     assert references  # or the checks found a problem
@@ -201,16 +200,22 @@ def _alpaca(job: _Job, judge: Judge) -> None:
     )
     outputs = [
         {"instruction": row["instruction"], "output": text, "generator": subject.name}
-        for row, text in zip(references.outputs, texts, strict=True)
+        for row, text in zip(references.outputs, texts, strict=False)
     ]
-    folder, seed = job.results.path / "alpaca_eval", job.settings.seed
-    judged = judge_outputs(outputs, references, judge, folder, seed, job.reporter, True)
-    entry, samples = score_annotations(
-        judged.annotations, references, job.settings.data_dir, constants.HF_HUB_OFFLINE
+    entry, samples = score_outputs(
+        outputs,
+        references,
+        judge,
+        job.results.path / "alpaca_eval",
+        job.settings.seed,
+        job.reporter,
+        True,
+        job.settings.data_dir,
+        constants.HF_HUB_OFFLINE,
     )
     facts = job.facts("alpaca_eval", engine)
     entry |= facts | {"notes": facts["notes"] + entry["notes"]}
-    entry["settings"] |= {**engine.settings, "judged": judged.counts}
+    entry["settings"] |= engine.settings
     for sample in samples:
         answer = engine.answers[sample["doc_id"]]
         sample |= {"length": answer["length"], "ended": answer["ended"]}

@@ -17,9 +17,9 @@ from srppo.eval.results import require_free
 from srppo.eval.subjects import Subject, names_of
 
 if TYPE_CHECKING:
-    from srppo.eval.alpaca import References
     from srppo.eval.ask import Reader
     from srppo.eval.judge import Judge
+    from srppo.eval.references import References
     from srppo.eval.tasks import Task
 
 T = TypeVar("T")
@@ -103,7 +103,7 @@ class Plan:
         if task in self.tasks:
             return self.tasks[task].requests(reader.conversation if reader.chat else None)
         assert self.references  # or the checks found a problem
-        return alpaca_requests(self.references.outputs, reader, max_tokens)
+        return alpaca_requests(self.references.outputs[: len(self.references)], reader, max_tokens)
 
     def tried(self, what: str, make: Callable[[], T], says: Callable[[T], str]) -> T | None:
         """What `make` gives, noted as in order; or None, and its error as a problem."""
@@ -133,8 +133,11 @@ def prepare(
             _prepare_alpaca(plan, settings, judge)
     named = plan.tried("models", lambda: names_of(models), lambda n: f"{len(n)} to evaluate")
     for name, source in named or []:
-        find = partial(Subject.find, name, source, settings.chat_template)
-        plan.subjects += plan.tried(f"model {name}", find, _describe) or []
+        find: Callable[[], Sequence[Subject]] = partial(
+            Subject.find, name, source, settings.chat_template
+        )
+        subjects = plan.tried(f"model {name}", find, _describe)
+        plan.subjects += subjects or []
     for subject in plan.subjects:
         _check_prompts(plan, subject, settings)
         if out is not None:
@@ -215,7 +218,8 @@ def _prepare_task(plan: Plan, benchmark: Benchmark, settings: Settings, shots: b
 
 
 def _prepare_alpaca(plan: Plan, settings: Settings, judge: Judge | None) -> None:
-    from srppo.eval.alpaca import load_references, problems
+    from srppo.eval.annotate import problems
+    from srppo.eval.references import load_references
 
     offline = constants.HF_HUB_OFFLINE
     found = problems(settings.data_dir, offline, judge)
@@ -227,8 +231,10 @@ def _prepare_alpaca(plan: Plan, settings: Settings, judge: Judge | None) -> None
     plan.checks += [Check("alpaca_eval", "problem", text) for text in found]
     if not found:
         references = load_references(settings.data_dir, offline)
-        plan.checks.append(Check("alpaca_eval", "ok", f"{len(references)} instructions, {judge}"))
-        plan.references = references.first(settings.limit) if settings.limit else references
+        plan.checks.append(
+            Check("alpaca_eval", "ok", f"{len(references)} instructions; the judge answers")
+        )
+        plan.references = references.first(settings.limit)
 
 
 def _describe(subjects: Sequence[Subject]) -> str:
@@ -247,5 +253,5 @@ def _check_prompts(plan: Plan, subject: Subject, settings: Settings) -> None:
         reader = Reader(subject.tokenizer, subject.chat)
         requests = plan.requests(name, reader, settings.max_tokens)
         short = shortened(requests, reader, subject.context)
-        state = "note" if short else "ok"
-        plan.checks.append(Check(f"{subject.name}: {name}", state, short or "prompts fit"))
+        check = Check(f"{subject.name}: {name}", "note" if short else "ok", short or "prompts fit")
+        plan.checks.append(check)

@@ -28,21 +28,22 @@ PACKAGES = (
 class ResultDir:
     """results.json grows task by task; each of its files is written whole or not at all."""
 
-    def __init__(self, path: Path | None, record: Row) -> None:
+    def __init__(self, path: Path, record: Row, kept: bool) -> None:
         self.path = path
-        """None: nothing is written."""
+        self.kept = kept
+        """False: nothing is written."""
         self.record = record
         """What results.json holds."""
 
     @staticmethod
-    def begin(path: Path | None, model: Row, config: Row, *, go_on: bool) -> ResultDir:
+    def begin(path: Path, model: Row, config: Row, *, kept: bool = True) -> ResultDir:
         """A new directory, or one to go on with: the tasks of earlier calls stay.
 
         Raises:
             RunDirError: it is taken, or cannot be written.
         """
-        if path:
-            require_free(path, model, go_on=go_on)
+        if kept:
+            require_free(path, model, go_on=True)
         record = {
             "schema": SCHEMA,
             "model": model,
@@ -53,18 +54,18 @@ class ResultDir:
             "tasks": {},
             "failed": {},
         }
-        if path and (path / "results.json").exists():
+        if kept and (path / "results.json").exists():
             before = _read(path)
             record |= {"created": before["created"], "tasks": before["tasks"]}
-        results = ResultDir(path, record)
+        results = ResultDir(path, record, kept)
         results._write_record()
         return results
 
     def add(self, task: str, entry: Row, samples: Sequence[Row], lm_eval: Row | None) -> None:
         """A task that is done; `lm_eval`: lm-eval's own results."""
-        if self.path:
+        if self.kept:
             write(self.path / "samples" / f"{task}.jsonl", lines_of(samples))
-        if self.path and lm_eval is not None:
+        if self.kept and lm_eval is not None:
             from lm_eval.utils import handle_non_serializable
 
             text = json.dumps(lm_eval, indent=2, default=handle_non_serializable)
@@ -81,7 +82,7 @@ class ResultDir:
     def _write_record(self) -> None:
         tasks = self.record["tasks"]
         self.record["tasks"] = {name: tasks[name] for name in TASKS if name in tasks}
-        if self.path:
+        if self.kept:
             text = json.dumps(self.record, indent=2, ensure_ascii=False)
             write(self.path / "results.json", text + "\n")
 

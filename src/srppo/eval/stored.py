@@ -186,7 +186,7 @@ def evaluate_stored(
     if out:
         require_free(out / name, model, go_on=True)
     if task == "alpaca_eval":
-        from srppo.eval.alpaca import score_stored as score_alpaca
+        from srppo.eval.annotate import score_stored as score_alpaca
 
         entry, samples = score_alpaca(
             read_rows(path),
@@ -202,7 +202,7 @@ def evaluate_stored(
         found = None
     else:
         entry, samples, found = score_stored(path, task, settings)
-    results = ResultDir.begin(out and out / name, model, settings.record(), go_on=True)
+    results = ResultDir.begin((out or Path()) / name, model, settings.record(), kept=bool(out))
     results.add(task, entry, samples, found)
     return results
 
