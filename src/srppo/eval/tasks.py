@@ -55,7 +55,7 @@ class Task:
         self.questions = questions
         self.at_random: list[int] = []
         """Keys of IFEval's questions whose scoring drew random numbers."""
-        with quiet():
+        with quiet(), unmoved():
             self.lm_eval = _load(benchmark, questions)
         if not shots:
             self.lm_eval.set_config("num_fewshot", 0)
@@ -93,7 +93,7 @@ class Task:
         """lm-eval's instances: what a model is asked; `chat` turns messages into text."""
         task = self.lm_eval
         task.set_fewshot_seed(DEFAULT_OTHER_SEED)
-        with quiet():
+        with quiet(), unmoved():
             task.build_all_requests(
                 apply_chat_template=chat is not None,
                 fewshot_as_multiturn=chat is not None,
