@@ -1,30 +1,26 @@
 """AlpacaEval 2: how often a judge prefers a model's responses to GPT-4 Turbo's.
 
 The figures are alpaca-eval's own (`get_winrate`, `get_length_controlled_winrate`). Ours is what
-they take for granted: each instruction once and under its number in the benchmark, for the length
-control looks up an instruction's difficulty by its place.
+they take for granted: each instruction once and under its number in the benchmark.
 
 Source: arXiv:2404.04475; alpaca-eval 0.6.6.
 """
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from unittest import mock
 
 from scipy import stats
 
 from srppo.errors import DataError
+from srppo.eval.length_control import length_controlled
 from srppo.eval.references import (
     REFERENCE_JUDGE,
-    REFERENCES,
     References,
     Row,
-    gamed_file,
     named,
     own_references,
     place,
@@ -86,19 +82,16 @@ def score_annotations(
     counts = get_winrate(frame)
     shares = (judged["preference"] - 1).tolist()
     label = WIN_RATE if judge == REFERENCE_JUDGE else f"{WIN_RATE}@{judge}"
-    value, stderr = counts["win_rate"] / 100, counts["standard_error"] / 100
+    value, stderr = float(counts["win_rate"]) / 100, float(counts["standard_error"]) / 100
     metrics = {label: _metric(replace(mean(shares), value=value, stderr=stderr), "mean")}
     columns = {label: shares}
 
-    controlled = _length_controlled(frame, judge, benchmark, data_dir, offline)
-    if isinstance(controlled, str):
-        notes.append(f"no length-controlled win rate: {controlled}")
-    else:
-        estimate, values = controlled
+    controlled = length_controlled(frame, judge, benchmark, data_dir, offline)
+    notes += controlled.notes
+    if controlled.shares is not None:
+        estimate = _reference_estimate(controlled.shares)
         metrics = {LENGTH_CONTROLLED: _metric(estimate, "reference"), **metrics}
-        columns[LENGTH_CONTROLLED] = values[judged.index].tolist()
-        if len(frame) < len(benchmark):
-            notes.append("the leaderboard's length-controlled win rates are over all instructions")
+        columns[LENGTH_CONTROLLED] = controlled.shares[judged.index].tolist()
     samples = _samples(judged, columns)
     task = {
         "version": "2",
@@ -129,58 +122,14 @@ def score_annotations(
     return task, samples
 
 
-def _length_controlled(
-    frame: DataFrame, judge: str, references: References, data_dir: Path | None, offline: bool
-) -> tuple[Estimate, Series] | str:
-    """The estimate and each row's part in it; or why there is none."""
-    import sklearn
-    from alpaca_eval.metrics import glm_winrate
-    from pandas import read_csv
-
-    reference_outputs = [references.outputs[i]["output"] for i in frame.index]
-    same_baseline = frame["output_1"] == reference_outputs
-    delta = frame["output_1"].str.len() - frame["output_2"].str.len()
-    if judge != REFERENCE_JUDGE:
-        return f"it is calibrated for the preferences of {REFERENCE_JUDGE}, these are {judge}'s"
-    if references.sha256 is None:
-        return (
-            "without AlpacaEval's reference outputs the instructions' numbers are not known; give "
-            f"--data-dir with alpaca_eval/{REFERENCES[0]}"
-        )
-    if same_baseline.mean() < 0.5:
-        return "it is calibrated against GPT-4 Turbo's outputs, output_1 holds others"
-    try:
-        gamed = gamed_file(data_dir, offline)
-        difficulty = read_csv(gamed).drop_duplicates("index")["index"]
-    except (DataError, KeyError, ValueError) as e:
-        return str(e)
-    if not frame.index.isin(difficulty[difficulty == difficulty.index]).all():
-        return f"{gamed.name} does not hold the difficulty of every instruction in order"
-
-    is_baseline = bool((frame["output_1"] == frame["output_2"]).all())
-    if not (is_baseline or delta.std() > 0):
-        return "all responses differ in length from the baseline's by the same amount"
-    # alpaca-eval tells the baseline itself by its name, and takes each row's number for its place.
-    ours = frame.assign(generator_1="baseline", generator_2="baseline" if is_baseline else "model")
-    with (
-        mock.patch.object(glm_winrate, "hf_hub_download", return_value=str(gamed)),
-        sklearn.config_context(),  # it sets a global option
-        warnings.catch_warnings(action="ignore"),  # scikit-learn's, about its own arguments
-    ):
-        found = glm_winrate.get_length_controlled_winrate(
-            ours, save_weights_dir=None, is_warn_extreme_changes=False
-        )
-    value, stderr = found["length_controlled_winrate"] / 100, found["lc_standard_error"] / 100
-    half = float(stats.norm.ppf(0.975)) * stderr
-    estimate = Estimate(float(value), float(stderr), value - half, value + half, len(frame))
-    return estimate, ours["glm_preference"]
-
-
 def _frame(rows: dict[int, Row], references: References) -> DataFrame:
     """The columns that alpaca-eval reads, under the instructions' numbers; NaN: not judged."""
     from pandas import DataFrame
 
-    columns = ("output_1", "output_2", "generator_1", "generator_2", "annotator")
+    columns = (
+        *("output_1", "output_2", "generator_1", "generator_2"),
+        *("annotator", "glm_preference"),
+    )
     frame = DataFrame(
         [
             {
@@ -238,6 +187,13 @@ def _samples(judged: DataFrame, columns: dict[str, list[float]]) -> list[Row]:
             zip(judged.index, judged["instruction"], judged["output_2"], strict=True)
         )
     ]
+
+
+def _reference_estimate(shares: Series) -> Estimate:
+    """Mean and standard error as alpaca-eval takes them; a normal interval."""
+    value, stderr = float(shares.mean()), float(shares.sem())
+    half = float(stats.norm.ppf(0.975)) * stderr
+    return Estimate(value, stderr, value - half, value + half, len(shares))
 
 
 def _metric(estimate: Estimate, kind: str) -> dict[str, Any]:

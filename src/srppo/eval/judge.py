@@ -10,15 +10,19 @@ import json
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, cached_property, partial
 from typing import Any, Protocol
 
 from srppo.data.schemas import Message
-from srppo.eval.references import require_alpaca_eval, sha256_of
+from srppo.eval.references import REFERENCE_JUDGE, require_alpaca_eval, sha256_of
 
+LETTER = "alpaca_eval_letter"
+"""Ours, for a judge without log-probabilities: the reference's question, and m or M as answer."""
 RANKING = "gpt-3.5-turbo-1106_ranking"
-"""alpaca-eval's evaluator for a judge without log-probabilities: it writes which one is first."""
+"""alpaca-eval's evaluator for a judge that does neither: it writes down which one is first."""
+FORMS = (REFERENCE_JUDGE, LETTER, RANKING)
+"""In the order in which they are tried."""
 STUMBLES = (ValueError, KeyError, IndexError, TypeError, AttributeError, AssertionError)
 """What reading an answer raises where something else was sent. A SyntaxError is alpaca-eval's."""
 
@@ -39,7 +43,7 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Form:
-    """How a judge is asked and its answer read: one of alpaca-eval's evaluators."""
+    """How a judge is asked and its answer read, by alpaca-eval's templates and parsers."""
 
     name: str
     template: list[Message]
@@ -51,10 +55,19 @@ class Form:
     @staticmethod
     @cache
     def of(name: str) -> Form:
-        """The evaluator as it comes with alpaca-eval. Raises ConfigError without the package."""
+        """One of FORMS, as it comes with alpaca-eval. Raises ConfigError without the package."""
         require_alpaca_eval()
         from alpaca_eval import completion_parsers, constants, utils
 
+        if name == LETTER:
+            letters = {1: r"^\W*m\W*$", 2: r"^\W*M\W*$"}
+            return replace(
+                Form.of(REFERENCE_JUDGE),
+                name=LETTER,
+                options={"max_tokens": 5, "temperature": 0},
+                parser=partial(completion_parsers.regex_parser, outputs_to_match=letters),
+                reads_logprobs=False,
+            )
         folder = constants.EVALUATORS_CONFIG_DIR
         config = utils.load_configs(name, relative_to=folder)[name]
         template = (folder / config["prompt_template"]).read_text(encoding="utf-8")

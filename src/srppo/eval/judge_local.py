@@ -49,7 +49,7 @@ class LocalJudge:
         """Loads the tokenizer, not the model."""
         try:
             self._answers(self._tokenizer())
-        except (ModelError, JudgeError) as e:
+        except (ModelError, JudgeError, RowError) as e:
             return [str(e)]
         return []
 

@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 
 from srppo.data.schemas import Message
 from srppo.errors import JudgeError
-from srppo.eval.judge import RANKING, STUMBLES, Form, Note, Verdict
+from srppo.eval.judge import FORMS, STUMBLES, Form, Note, Verdict
 from srppo.eval.references import REFERENCE_JUDGE
 
 if TYPE_CHECKING:
@@ -64,10 +64,10 @@ class ServerJudge:
         return []
 
     def form(self) -> Form:
-        """By log-probabilities if the server sends them, else by a ranking. One or two requests.
+        """The first of FORMS that it answers, found out with a question or a few.
 
         Raises:
-            JudgeError: no answer at all.
+            JudgeError: it answers none.
         """
         if urlsplit(self.url).scheme not in ("http", "https"):
             raise JudgeError(
@@ -75,15 +75,14 @@ class ServerJudge:
                 "Give http://HOST:PORT/v1."
             )
         verdicts: list[Verdict] = []
-        for name in (REFERENCE_JUDGE, RANKING):
-            form = Form.of(name)
+        for form in map(Form.of, FORMS):
             self.ask(form, [form.question("1+1=", "2", "3")], lambda _, v: verdicts.append(v))
-            verdict = verdicts[-1]
-            answer = verdict.answer or {}
-            if verdict.preference is not None or (form.reads_logprobs and answer.get("logprobs")):
+            found = verdicts[-1]
+            answer = found.answer or {}
+            if found.preference is not None or (form.reads_logprobs and answer.get("logprobs")):
                 return form
-        if verdict.answer is None:
-            raise self._unusable(str(verdict.reason))
+        if found.answer is None:
+            raise self._unusable(str(found.reason))
         return form
 
     def ask(self, form: Form, questions: Sequence[list[Message]], note: Note) -> Counter[str]:

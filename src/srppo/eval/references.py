@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -138,7 +139,8 @@ def own_references(rows: Sequence[Row]) -> References:
 def require_alpaca_eval() -> None:
     """Raises ConfigError, with the cure, where alpaca-eval cannot be imported."""
     try:
-        import alpaca_eval.metrics.glm_winrate  # noqa: F401
+        with warnings.catch_warnings(action="ignore"):  # setuptools', about alpaca-eval
+            import alpaca_eval.metrics.glm_winrate  # noqa: F401
     except ImportError as e:
         raise ConfigError(
             f"alpaca_eval cannot be imported ({e}): AlpacaEval is scored by it. "
