@@ -142,7 +142,7 @@ def prepare(
         _check_prompts(plan, subject, settings)
         if out is not None:
             path = out / subject.name
-            free = partial(require_free, path, subject.identity(), go_on=go_on)
+            free = partial(require_free, path, subject.identity(), settings.record(), go_on=go_on)
             plan.tried(f"{subject.name}: output", free, lambda _, path=path: str(path))  # type: ignore[misc]
     return plan
 

@@ -20,6 +20,8 @@ from srppo.eval.statistics import clustered, proportion
 from srppo.provenance import now
 
 SCHEMA = 1
+DECISIVE = ("limit", "max_tokens", "seed", "chat_template", "dtype")
+"""Settings that a directory's tasks share; tasks may be added."""
 PACKAGES = (
     "srppo", "lm_eval", "alpaca_eval", "torch", "transformers", "tokenizers", "nltk", "langdetect",
 )  # fmt: skip
@@ -43,7 +45,7 @@ class ResultDir:
             RunDirError: it is taken, or cannot be written.
         """
         if kept:
-            require_free(path, model, go_on=True)
+            require_free(path, model, config, go_on=True)
         record = {
             "schema": SCHEMA,
             "model": model,
@@ -75,7 +77,8 @@ class ResultDir:
         self._write_record()
 
     def fail(self, task: str, message: str) -> None:
-        """A task that could not be done."""
+        """A task that could not be done; what an earlier call had of it is not shown."""
+        self.record["tasks"].pop(task, None)
         self.record["failed"][task] = message
         self._write_record()
 
@@ -87,7 +90,7 @@ class ResultDir:
             write(self.path / "results.json", text + "\n")
 
 
-def require_free(path: Path, model: Row, *, go_on: bool) -> None:
+def require_free(path: Path, model: Row, config: Row, *, go_on: bool) -> None:
     """Raises RunDirError where results would be mixed with something else."""
     if path.exists() and not path.is_dir():
         raise RunDirError(f"{path} is a file: results cannot be written there. Give another --out.")
@@ -98,19 +101,23 @@ def require_free(path: Path, model: Row, *, go_on: bool) -> None:
             f"{path} holds files that are no evaluation of srppo: writing there could overwrite "
             "them. Give another --out."
         )
-    before = _read(path)["model"]
+    before = _read(path)
     if not go_on:
+        whose = before["model"]["path"] or before["model"]["responses"]
         raise RunDirError(
-            f"{path} holds an evaluation of {before['path'] or before['responses']} already: two "
-            "would be mixed. Go on with it: --resume. Begin anew: another --out."
+            f"{path} holds an evaluation of {whose} already: two would be mixed. Go on with it: "
+            "--resume. Begin anew: another --out."
         )
-    changed = [k for k in ("path", "sha256") if before.get(k) != model.get(k)]
-    if changed:
-        key = changed[0]
-        raise RunDirError(
-            f"{path} holds an evaluation of another model ({key} {before.get(key)}, now "
-            f"{model.get(key)}): the two would be mixed. Give another --out."
-        )
+    pairs = [
+        *((key, before["model"].get(key), model[key]) for key in ("path", "sha256")),
+        *((key, before["config"].get(key), config[key]) for key in DECISIVE),
+    ]
+    for key, old, new in pairs:
+        if old != new:
+            raise RunDirError(
+                f"{path} holds an evaluation with {key}={old}, now it is {new}: the two would be "
+                "mixed. Give another --out, or what it began with."
+            )
 
 
 def entry_of(
@@ -187,7 +194,7 @@ def _read(path: Path) -> Row:
         record = json.loads((path / "results.json").read_text(encoding="utf-8"))
         if record["schema"] != SCHEMA:
             raise ValueError(f"schema {record['schema']}")
-        return {k: record[k] for k in ("model", "created", "tasks")}
+        return {k: record[k] for k in ("model", "config", "created", "tasks")}
     except (OSError, ValueError, KeyError, TypeError) as e:
         raise RunDirError(
             f"{path / 'results.json'} is no evaluation of this srppo ({type(e).__name__}: {e}): "

@@ -184,7 +184,7 @@ def evaluate_stored(
             "likelihoods. Give ifeval, gsm8k or alpaca_eval."
         )
     if out:
-        require_free(out / name, model, go_on=True)
+        require_free(out / name, model, settings.record(), go_on=True)
     if task == "alpaca_eval":
         from srppo.eval.annotate import score_stored as score_alpaca
 
