@@ -149,6 +149,10 @@ class JudgeServer(ThreadingHTTPServer):
         self.faults: dict[str, list[str]] = defaultdict(list)
         self.refuse_after: int | None = None
         """Answers after which the key is no longer accepted."""
+        self.hang_after: int | None = None
+        """Requests after which there are no answers, for a while."""
+        self.hanging = 0
+        """Questions that wait."""
         self.asked: Counter[str] = Counter()
         """Requests by the question's text."""
         self.answered: Counter[str] = Counter()
@@ -193,7 +197,11 @@ class _Call(BaseHTTPRequestHandler):
             refused = (
                 server.refuse_after is not None and server.answered.total() >= server.refuse_after
             )
-        if self.path != "/v1/chat/completions":
+            hangs = server.hang_after is not None and server.asked.total() > server.hang_after
+            server.hanging += hangs
+        if hangs:
+            self._timeout(question)
+        elif self.path != "/v1/chat/completions":
             self._reply(404, {"error": {"message": f"no {self.path} here"}})
         elif refused:
             key = self.headers["Authorization"]

@@ -5,6 +5,11 @@ from __future__ import annotations
 import asyncio
 import json
 import math
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -228,6 +233,51 @@ def test_going_on_asks_for_nothing_twice_and_ends_with_the_same_file(tmp_path):
 
 def _bytes(path: Path) -> bytes:
     return (path / "annotations.json").read_bytes()
+
+
+JUDGING = """
+import sys
+from pathlib import Path
+from alpaca import outputs, references
+from srppo.eval.annotate import judge_outputs
+from srppo.eval.judge_server import ServerJudge
+from srppo.eval.references import References
+judge = ServerJudge(sys.argv[1], "j", concurrency=2)
+judge_outputs(outputs(20), References(references(20), "0"), judge, Path(sys.argv[2]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGKILL])
+def test_verdicts_outlive_the_process(sign, tmp_path):
+    """It is stopped while two questions wait for an answer."""
+    ledger = tmp_path / "parts" / "judgements.jsonl"
+    with JudgeServer() as server:
+        server.hang_after = 8
+        process = subprocess.Popen(
+            [sys.executable, "-c", JUDGING, server.url, str(ledger.parent)],
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+            stderr=subprocess.DEVNULL,
+        )
+        until = time.monotonic() + 120
+        while not (server.hanging == 2 and len(_lines(ledger)) == 8):
+            assert time.monotonic() < until
+            assert process.poll() is None
+            time.sleep(0.05)
+        process.send_signal(sign)
+        assert process.wait(timeout=20) != 0
+        server.hang_after = None
+        judge = ServerJudge(server.url, "j")
+        judged = judge_outputs(outputs(N), benchmark(), judge, ledger.parent, resume=True)
+        whole = judge_outputs(outputs(N), benchmark(), judge, tmp_path / "whole")
+    assert judged.counts["resumed"] == 7
+    assert judged.counts["requests"] == N - 7
+    assert judged.annotations == whole.annotations
+    assert _bytes(ledger.parent) == _bytes(tmp_path / "whole")
+
+
+def _lines(path: Path) -> list[str]:
+    return path.read_text().splitlines() if path.exists() else []
 
 
 def test_a_failed_pair_is_asked_about_again_when_going_on(tmp_path):

@@ -207,7 +207,7 @@ def judge_outputs(
     equal = {i for i, p in pairs.items() if p.row["output_1"] == p.row["output_2"]}
     with Ledger.open(out_dir, judge, seed, resume) as ledger:
         form, known = ledger.form, ledger.known
-        verdicts = {i: known[p.key] for i, p in pairs.items() if p.key in known and i not in equal}
+        verdicts = {i: known[p.key] for i, p in pairs.items() if p.key in known}
         counts = Counter(equal=len(equal), resumed=len(verdicts))
         left = [i for i in pairs if i not in equal and i not in verdicts]
         label = judge.label(form)
