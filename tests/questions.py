@@ -44,6 +44,13 @@ GPQA = [
 ]
 
 
+ALPACA = [
+    {"instruction": f"Name {n} ponds.", "output": ", ".join("pond" for _ in range(n)),
+     "generator": "gpt4_1106_preview", "dataset": "own"}
+    for n in (2, 3, 5)
+]  # fmt: skip
+
+
 def write_jsonl(path: Path, rows: list[dict]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -15,6 +15,7 @@ ARGUMENTS = {
     **dict.fromkeys(("report", "summary"), "RUN_DIR"),
     **dict.fromkeys(("chat", "export", "push"), "DIR"),
     "data": "check",
+    "eval": "MODEL",
 }
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 from transformers import PreTrainedTokenizerFast
 
 import bytewise
-from questions import GPQA, GSM8K, IFEVAL, write_jsonl
+from questions import ALPACA, GPQA, GSM8K, IFEVAL, write_jsonl
 
 
 @pytest.fixture(scope="session")
@@ -28,14 +29,19 @@ def data_dir(tmp_path_factory) -> Path:
     write_jsonl(path / "gsm8k" / "test.jsonl", gsm8k)
     write_jsonl(path / "gsm8k" / "train.jsonl", gsm8k[::-1] * 3)
     write_jsonl(path / "gpqa" / "gpqa_main.jsonl", GPQA)
+    (path / "alpaca_eval").mkdir()
+    (path / "alpaca_eval" / "alpaca_eval_gpt4_baseline.json").write_text(json.dumps(ALPACA))
     return path
 
 
 @pytest.fixture(scope="session")
-def with_punkt(data_dir, shared) -> Path:
+def with_punkt(data_dir, shared, tmp_path_factory) -> Path:
     """The same beside nltk's punkt_tab."""
-    (data_dir / "nltk_data").symlink_to(shared / "data" / "nltk_data")
-    return data_dir
+    path = tmp_path_factory.mktemp("with_punkt")
+    for folder in data_dir.iterdir():
+        (path / folder.name).symlink_to(folder)
+    (path / "nltk_data").symlink_to(shared / "data" / "nltk_data")
+    return path
 
 
 @pytest.fixture(scope="session")

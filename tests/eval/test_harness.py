@@ -113,6 +113,31 @@ def test_plain_and_chat_models_on_all_that_needs_no_judge(
     )
 
 
+def test_alpaca_eval_with_a_local_judge(data_dir, model_dir, chat_dir, tmp_path):
+    """Who judges so is no reference judge, and the figure says who."""
+    pytest.importorskip("alpaca_eval")
+    done = srppo_command(
+        "eval", f"m={chat_dir}", "--tasks", "alpaca_eval", "--judge", model_dir, "--limit", 2,
+        "--data-dir", data_dir, "--offline", "--max-tokens", 12, "--out", tmp_path,
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    entry = results_of(tmp_path / "m")["tasks"]["alpaca_eval"]
+    (headline,) = entry["metrics"]
+    assert headline.startswith("win_rate@")
+    assert (entry["n"], entry["template"]) == (2, "chat")
+    samples = json_lines(tmp_path / "m" / "samples" / "alpaca_eval.jsonl")
+    assert [s["prompt"] for s in samples] == ["Name 2 ponds.", "Name 3 ponds."]
+    assert entry["mean_length"] == sum(s["length"] for s in samples) / 2
+    assert all(0 <= s["scores"][headline] <= 1 for s in samples)
+    before = everything(tmp_path / "m")
+    done = srppo_command(
+        "eval", f"m={chat_dir}", "--tasks", "alpaca_eval", "--judge", model_dir, "--limit", 2,
+        "--data-dir", data_dir, "--offline", "--max-tokens", 12, "--out", tmp_path, "--resume",
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    assert everything(tmp_path / "m") == before
+
+
 def test_gpqas_questions_are_nowhere_in_plain_text(data_dir, model_dir, tmp_path):
     done = srppo_command(
         "eval", f"m={model_dir}", "--tasks", "gpqa", "--data-dir", data_dir, "--out", tmp_path
@@ -239,15 +264,16 @@ SETTINGS = {"max_tokens": 16}
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(many, model_dir, tmp_path_factory):
+def whole(many, model_dir, tmp_path_factory) -> Path:
+    """Never interrupted."""
     out = tmp_path_factory.mktemp("whole")
     run([f"m={model_dir}"], out, Settings(("gsm8k", "gpqa"), data_dir=many, **SETTINGS))
-    return everything(out / "m")
+    return out / "m"
 
 
 @pytest.mark.parametrize("finished", [0, 1, 2])
 def test_no_finished_question_is_asked_again_and_the_files_are_the_same(
-    many, model_dir, tmp_path, monkeypatch, uninterrupted, finished
+    many, model_dir, tmp_path, monkeypatch, whole, finished
 ):
     settings = Settings(("gsm8k", "gpqa"), data_dir=many, **SETTINGS)
     asked: list[int] = []
@@ -267,18 +293,18 @@ def test_no_finished_question_is_asked_again_and_the_files_are_the_same(
     began = results_of(tmp_path / "m")["created"]
     run([f"m={model_dir}"], tmp_path, settings, resume=True)
     assert sum(asked) == MANY
-    assert everything(tmp_path / "m") == uninterrupted
+    assert everything(tmp_path / "m") == everything(whole)
     assert results_of(tmp_path / "m")["created"] == began
 
 
 def test_a_finished_evaluation_asks_nothing_and_loads_nothing(
-    many, model_dir, tmp_path, monkeypatch, uninterrupted
+    many, model_dir, tmp_path, monkeypatch, whole
 ):
     settings = Settings(("gsm8k", "gpqa"), data_dir=many, **SETTINGS)
-    run([f"m={model_dir}"], tmp_path, settings)
+    shutil.copytree(whole, tmp_path / "m")
     monkeypatch.setattr("srppo.eval.subjects.load_model", None)
     run([f"m={model_dir}"], tmp_path, settings, resume=True)
-    assert everything(tmp_path / "m") == uninterrupted
+    assert everything(tmp_path / "m") == everything(whole)
 
 
 def torn(path: Path, keep: int) -> None:
@@ -287,16 +313,14 @@ def torn(path: Path, keep: int) -> None:
 
 
 @pytest.mark.parametrize("share", [0.0, 0.005, 0.3, 0.7, 0.999])
-def test_a_file_that_was_cut_anywhere_is_made_whole(
-    many, model_dir, tmp_path, uninterrupted, share
-):
+def test_a_file_that_was_cut_anywhere_is_made_whole(many, model_dir, tmp_path, whole, share):
     settings = Settings(("gsm8k", "gpqa"), data_dir=many, **SETTINGS)
-    run([f"m={model_dir}"], tmp_path, settings)
+    shutil.copytree(whole, tmp_path / "m")
     for path in (tmp_path / "m" / "responses").iterdir():
         torn(path, int(share * path.stat().st_size))
     shutil.rmtree(tmp_path / "m" / "samples")
     run([f"m={model_dir}"], tmp_path, settings, resume=True)
-    assert everything(tmp_path / "m") == uninterrupted
+    assert everything(tmp_path / "m") == everything(whole)
 
 
 @pytest.mark.slow
@@ -383,7 +407,8 @@ def test_weights_that_changed_are_another_model(data_dir, model_dir, tmp_path):
 
 
 def test_more_tasks_join_those_that_are_there(data_dir, model_dir, tmp_path):
-    run([f"m={model_dir}"], tmp_path, Settings(("gpqa",), data_dir=data_dir))
+    settings = Settings(("gpqa",), data_dir=data_dir, max_tokens=4)
+    run([f"m={model_dir}"], tmp_path, settings)
     first = results_of(tmp_path / "m")["tasks"]["gpqa"]
     settings = Settings(("gsm8k",), data_dir=data_dir, max_tokens=4)
     run([f"m={model_dir}"], tmp_path, settings, resume=True)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
+import transformers
 from huggingface_hub import constants
 
 from srppo.errors import SrppoError
@@ -51,6 +52,7 @@ def evaluate(
     Raises:
         ConfigError: all that the checks found, before any model is loaded.
     """
+    transformers.logging.disable_progress_bar()  # ours is enough
     plan = prepare(models, settings, judge=judge, out=out, go_on=resume)
     plan.require()
     for check in plan.checks:

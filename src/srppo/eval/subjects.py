@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -107,8 +108,11 @@ def names_of(models: Sequence[str]) -> list[tuple[str, str]]:
             name = Path(model).expanduser().resolve().name.removeprefix("srppo:")
         named.append((name, source))
     for i, (name, source) in enumerate(named):
-        if not name or name != Path(name).name:
-            raise ConfigError(f"{name!r} is no name for {source!r}: results lie in OUT/NAME.")
+        if not re.fullmatch(r"\w[\w.@+-]*", name):
+            raise ConfigError(
+                f"{name!r} is no name for {source!r}: results could not lie in OUT/NAME. Use "
+                "letters, digits, and . _ @ + - after the first."
+            )
         if name in [other for other, _ in named[:i]]:
             raise ConfigError(
                 f"two models are called {name!r}: the second would overwrite the first. Name them: "
