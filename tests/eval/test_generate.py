@@ -53,7 +53,7 @@ def pair(request):
 def both(pair, context: int | None = None):
     model, tokenizer = pair
     theirs = HFLM(
-        pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=4, max_length=context
+        pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=8, max_length=context
     )
     context = context or model.config.max_position_embeddings
     ours = Engine(

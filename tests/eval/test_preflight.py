@@ -61,6 +61,7 @@ def test_everything_at_once_and_nothing_is_loaded(
     assert not (tmp_path / "m" / "results.json").exists()
 
 
+@pytest.mark.slow
 def test_offline_without_nltk_data_is_an_error_not_a_crash(data_dir, model_dir, tmp_path):
     """In a process of its own, as a user meets it."""
     done = subprocess.run(

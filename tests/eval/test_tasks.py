@@ -18,6 +18,7 @@ from questions import GPQA, GSM8K, IFEVAL, write_jsonl
 from srppo.errors import DataError
 from srppo.eval.ask import Reader
 from srppo.eval.benchmarks import BENCHMARKS, load_questions
+from srppo.eval.preflight import require_punkt
 from srppo.eval.tasks import Replay, Task
 
 
@@ -117,8 +118,6 @@ def test_gpqa_counts_the_likeliest_letter(data_dir):
 
 def test_ifevals_scores_and_what_is_random_in_them(with_punkt):
     """Key 3 asks for a letter that is none: its scorer draws one. Both responses have all but q."""
-    from srppo.eval.preflight import require_punkt
-
     require_punkt(with_punkt)
     texts = ["a pond.", "Heron, heron.\nHERON", "abcdefghijklmnoprstuvwxyz"]
     before = state()
@@ -145,8 +144,6 @@ def test_ifevals_scores_and_what_is_random_in_them(with_punkt):
 
 
 def test_another_seed_may_score_a_random_question_otherwise(with_punkt):
-    from srppo.eval.preflight import require_punkt
-
     require_punkt(with_punkt)
     texts = ["-", "-", "abcdefghijklm"]  # half of the letters
     seen = {
