@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from srppo import signals
+from srppo import cli_eval, signals
 from srppo.cli_compare import compare as compare_models
 from srppo.errors import ConfigError, SrppoError
 
@@ -231,6 +231,11 @@ def push(
 
 
 app.command("compare")(compare_models)
+app.add_typer(
+    cli_eval.app,
+    name="eval",
+    help="Measure models on IFEval, GSM8K, GPQA and AlpacaEval, or score stored responses.",
+)
 
 data = typer.Typer(no_args_is_help=True, help="Look at data before anything is trained.")
 app.add_typer(data, name="data")

@@ -20,6 +20,8 @@ from srppo.rollout.cache import growing_cache, without
 from srppo.rollout.sampler import Rollout
 
 Progress = Callable[[int], None]
+Stop = Callable[[Tensor], Tensor]
+"""(b, t) response ids so far -> (b,) bool, on the same device: the rows that end here."""
 
 
 class HFSampler:
@@ -41,10 +43,12 @@ class HFSampler:
         lam: float = 1.0,
         critic: ValueHead | None = None,
         compute: Compute = "float32",
+        stop: Stop | None = None,
     ) -> None:
         """With `base`, samples base·(model/base)^lam per token (decode-time extrapolation).
 
-        With `critic`, a head on this model's hidden states, rollouts carry its values.
+        With `critic`, a head on this model's hidden states, rollouts carry its values. With `stop`,
+        responses end where it says so, too.
         """
         self.models = [Role.of(m) for m in (base, model) if m is not None]
         self.critic = critic
@@ -53,6 +57,7 @@ class HFSampler:
         self.max_new_tokens = max_new_tokens
         self.max_tokens_per_batch = max_tokens_per_batch
         self.lam = lam
+        self.stop = stop
 
     def sample(
         self,
@@ -67,6 +72,7 @@ class HFSampler:
         ids = torch.zeros(N, T, dtype=torch.int64)
         logprobs, units = torch.zeros(2, N, T)
         lengths = torch.zeros(N, dtype=torch.int64)
+        ended = torch.zeros(N, dtype=torch.bool)
         order = sorted(range(N), key=lambda i: (len(prompts[i]), i))
         while order:
             width = T + len(prompts[order[-1]])  # the longest of those that remain
@@ -77,13 +83,12 @@ class HFSampler:
                 for model in self.models:  # once for the whole decoding, not for every token
                     stack.enter_context(model.active())
                 stack.enter_context(computing(self.compute, self.models[0].device))
-                ids[rows], logprobs[rows], units[rows], lengths[rows] = self._decode(
+                ids[rows], logprobs[rows], units[rows], lengths[rows], ended[rows] = self._decode(
                     some, uniforms[rows], temperature
                 )
             progress(len(rows))
         longest = int(lengths.max())
         mask = torch.arange(longest) < lengths[:, None]
-        ended = ids[torch.arange(N), lengths - 1] == self.eos_token_id
         return Rollout(
             Sequences(prompts, ids[:, :longest], mask),
             logprobs[:, :longest],
@@ -104,14 +109,15 @@ class HFSampler:
     @torch.no_grad()
     def _decode(
         self, prompts: list[list[int]], uniforms: Tensor, temperature: float
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Ids, log-probabilities, the critic's units (b, T) and lengths (b,), on the CPU."""
+    ) -> tuple[Tensor, ...]:
+        """Ids, log-probabilities, the critic's units (b, T); lengths, ended (b,); on the CPU."""
         device = self.models[0].device
         uniforms = uniforms.to(device)
         b, T = uniforms.shape
         ids = torch.zeros(b, T, dtype=torch.int64, device=device)
         logprobs, units = torch.zeros(2, b, T, device=device)
         lengths = torch.full((b,), T, device=device)
+        ended = torch.zeros(b, dtype=torch.bool, device=device)
         rows = torch.arange(b, device=device)  # those still running
         step_ids, attention_mask = pad_left(prompts, device)
         caches = [growing_cache(model.config) for model in self.models]
@@ -129,8 +135,11 @@ class HFSampler:
             if self.critic:
                 units[rows, t] = self.critic.units(hidden[-1])
             finished = chosen == self.eos_token_id
+            if self.stop:
+                finished = finished | self.stop(ids[rows, : t + 1])
             if finished.any():
                 lengths[rows[finished]] = t + 1
+                ended[rows[finished]] = True
                 keep = without(finished)
                 if not len(keep):
                     break
@@ -143,7 +152,7 @@ class HFSampler:
                 attention_mask = torch.cat(
                     [attention_mask, attention_mask.new_ones(len(rows), 1)], dim=1
                 )
-        return ids.cpu(), logprobs.cpu(), units.cpu(), lengths.cpu()
+        return ids.cpu(), logprobs.cpu(), units.cpu(), lengths.cpu(), ended.cpu()
 
     def _hidden(
         self, ids: Tensor, attention_mask: Tensor | None, caches: list[DynamicCache]

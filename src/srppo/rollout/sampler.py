@@ -19,7 +19,7 @@ class Rollout:
     logprobs: Tensor
     """(N, T) float32 nats under the sampler's own distribution; zero at padding."""
     ended: Tensor
-    """(N,) bool: the response ended with EOS; False: it was cut off."""
+    """(N,) bool: the response ended with EOS, or where it was told to; False: it was cut off."""
     exact: bool = False
     """`logprobs` are the sampled policy's own at temperature 1, to rounding: a trainer of that
     policy need not score the rollout under it again."""
