@@ -232,7 +232,7 @@ NEVER = "checkpoint.every=1000"
 @pytest.mark.parametrize(
     ("target", "number", "stage", "step"),
     [
-        pytest.param("srppo.train.sft._Trainer.note_random", 2, "sft", 2, marks=pytest.mark.slow),
+        pytest.param("srppo.train.sft._Trainer.end_step", 2, "sft", 2, marks=pytest.mark.slow),
         pytest.param("srppo.train.sft._Trainer.training_step", 3, "sft", 2, marks=pytest.mark.slow),
         ("srppo.rollout.hf.HFSampler.sample", 6, "ppo", 2),  # three for the audit, one a curve
         ("srppo.train.ppo.update", 3, "ppo", 3),
