@@ -138,6 +138,9 @@ class PPOConfig(Section):
     """A step's remaining minibatches are left out once KL(old||new) exceeds this, nats a token."""
     max_kl: PositiveFloat = 50.0
     """Training stops once KL(pi_theta||pi_ref) exceeds this, nats a response (ours)."""
+    on_bad_numbers: Literal["stop", "skip"] = "stop"
+    """What to do with a step that teaches nothing: NaN or Inf in logits, rewards or gradients, all
+    responses cut off, no entropy left, one reward for all; `skip` leaves it out."""
 
     @model_validator(mode="after")
     def _possible(self) -> PPOConfig:

@@ -4,6 +4,7 @@
     ├── ConfigError        recipe: unknown key, wrong type, impossible combination   (ValueError)
     ├── DataError          data sets, rows, columns, prompts                         (ValueError)
     ├── ModelError         model directories, tokenizers, vocabularies               (ValueError)
+    ├── TrainingError      training that cannot go on: bad numbers, no memory (ArithmeticError)
     ├── RunDirError        run directories: occupied, not writable, disk full        (OSError)
     ├── PublishError       models that cannot be written out or pushed to the hub        (OSError)
     ├── JudgeError         a judge that cannot be asked                              (OSError)
@@ -28,6 +29,10 @@ class DataError(SrppoError, ValueError):
 
 class ModelError(SrppoError, ValueError):
     """A model or tokenizer that cannot be loaded or does not fit its role."""
+
+
+class TrainingError(SrppoError, ArithmeticError):
+    """Training that would go on for nothing, or cannot."""
 
 
 class RunDirError(SrppoError, OSError):

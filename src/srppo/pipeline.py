@@ -26,7 +26,7 @@ from srppo.eval.evaluate import Evaluator, load_scorer
 from srppo.eval.models import evaluate_models
 from srppo.models.load import fingerprint as model_fingerprint
 from srppo.models.load import require_quantizer
-from srppo.models.memory import activation_checkpointing
+from srppo.models.memory import Budget, activation_checkpointing
 from srppo.models.roles import Role, Roles
 from srppo.models.start import check_context, start_frozen, start_sft, start_tokenizer
 from srppo.progress import Reporter
@@ -210,11 +210,12 @@ class Run:
             config = with_found_beta(config, findings)
             self.reporter.line(f"{name}: ppo.kl_coef=auto is {config.beta:.3g}")
         roles = Roles.begin(self.base, self.pi_sft, critic=config.estimator == "ppo")
+        budget = Budget(config.max_tokens_per_batch, self.reporter.line)
         sampler = HFSampler(
             roles.policy,
             eos_token_id=self.tokenizer.eos_token_id,
             max_new_tokens=self.recipe.data.max_response_tokens,
-            max_tokens_per_batch=config.max_tokens_per_batch,
+            max_tokens_per_batch=budget,
             critic=roles.critic,
             compute=config.compute,
         )
@@ -236,6 +237,7 @@ class Run:
                 evaluate=(lambda: curve(roles.policy)) if curve else None,
                 evaluate_every=self.recipe.eval.every,
                 keeper=keeper,
+                budget=budget,
                 title="PPO" if name == "policy" else name,
             )
         if stopped:

@@ -13,6 +13,7 @@ from srppo.miniature import BASE
 from srppo.models.load import (
     check_same_tokens,
     context_length,
+    fingerprint,
     frozen_copy,
     load_model,
     load_tokenizer,
@@ -225,3 +226,23 @@ def test_a_token_of_one_tokenizer_only_is_a_difference():
 def test_the_same_vocabulary_with_another_eos_is_refused():
     with pytest.raises(ModelError, match="EOS is '<eos>' in base"):
         check_same_tokens(tiny.tokenizer(), tiny.tokenizer(eos="a"), "base", "sft")
+
+
+# --- what tells one model from another ------------------------------------------------------------
+
+
+def test_a_fingerprint_is_that_of_the_files(directory, tmp_path):
+    copy = tiny.copy_of_miniature(tmp_path / "copy")
+    assert fingerprint(str(directory)) == fingerprint(str(copy)) == fingerprint("srppo:miniature")
+    weights = bytearray((copy / WEIGHTS).read_bytes())
+    weights[-1] ^= 1
+    (copy / WEIGHTS).write_bytes(weights)
+    assert fingerprint(str(directory)) != fingerprint(str(copy))
+    before = fingerprint(str(directory))
+    edit(directory / "config.json", rms_norm_eps=1e-3)
+    assert fingerprint(str(directory)) != before
+
+
+def test_a_model_on_the_hub_that_cannot_be_reached_has_none(offline):
+    with pytest.raises(ModelError, match="owner/model"):
+        fingerprint("owner/model")

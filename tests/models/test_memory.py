@@ -1,4 +1,6 @@
-"""Activation checkpointing: the same gradients, layers computed twice, no trace left."""
+"""Activation checkpointing: the same gradients, layers computed twice, no trace left. And what
+happens when memory runs out all the same.
+"""
 
 import copy
 
@@ -6,8 +8,8 @@ import pytest
 import torch
 
 import tiny
-from srppo.errors import ModelError
-from srppo.models.memory import activation_checkpointing
+from srppo.errors import ModelError, TrainingError
+from srppo.models.memory import Budget, activation_checkpointing, is_out_of_memory
 
 IDS = torch.tensor([[1, 2, 3, 4, 5]])
 
@@ -94,3 +96,58 @@ def test_a_model_without_such_layers_is_refused():
         activation_checkpointing(torch.nn.Linear(2, 2), on=True),
     ):
         pass
+
+
+# --- when memory runs out -------------------------------------------------------------------------
+
+ERRORS = {
+    "a GPU": lambda: torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+    "the CPU": lambda: RuntimeError(
+        "[enforce fail at alloc_cpu.cpp:114] DefaultCPUAllocator: can't allocate memory: you tried "
+        "to allocate 8000000000000 bytes."
+    ),
+    "Python": MemoryError,
+}
+
+
+@pytest.mark.parametrize("kind", ERRORS)
+def test_a_budget_is_halved_until_the_work_fits_and_stays_so(kind):
+    said, tried = [], []
+
+    def work(size):
+        tried.append(size)
+        if size > 300:
+            raise ERRORS[kind]()
+        return size * 2
+
+    budget = Budget(1000, said.append)
+    assert budget.fit(work, undo=lambda: tried.append("undone")) == 500
+    assert tried == [1000, "undone", 500, "undone", 250]
+    assert budget.fit(work) == 500
+    assert tried[5:] == [250]
+    assert len(said) == 2
+    assert "memory ran out" in said[0]
+
+
+def test_the_cpus_own_error_is_known():
+    """What torch really raises; nothing is allocated."""
+    with pytest.raises(RuntimeError) as error:
+        torch.empty(2**60)
+    assert is_out_of_memory(error.value)
+    assert not is_out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+
+
+def test_other_errors_are_not_tried_again():
+    def work(size):
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    with pytest.raises(RuntimeError, match="cannot be multiplied"):
+        Budget(8).fit(work)
+
+
+def test_what_never_fits_is_said():
+    def work(size):
+        raise MemoryError
+
+    with pytest.raises(TrainingError, match=r"even for one sequence.*gradient_checkpointing"):
+        Budget(8).fit(work)

@@ -10,7 +10,7 @@ import torch
 import tiny
 from enumerable import EOS, LENGTH, PROMPTS, fine_tuned, tiny_llama
 from srppo.config import PPOConfig
-from srppo.errors import ConfigError, DataError
+from srppo.errors import ConfigError, DataError, TrainingError
 from srppo.models.batching import Sequences
 from srppo.models.roles import Roles
 from srppo.models.value_head import ValueHead
@@ -376,7 +376,7 @@ def test_a_policy_that_broke_stops_the_run(pair, tmp_path):
     config = PPOConfig(
         estimator="rloo", responses_per_prompt=2, rollouts_per_step=4, minibatch_size=4, steps=5
     )
-    with MetricsLog(tmp_path, "ppo") as log, pytest.raises(ConfigError, match="is nan nats"):
+    with MetricsLog(tmp_path, "ppo") as log, pytest.raises(TrainingError, match="log pi_theta"):
         train_ppo(roles, Fixed(), PROMPTS, config, seed=0, log=log, reporter=Reporter(quiet=True))
 
 

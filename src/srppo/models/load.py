@@ -24,6 +24,7 @@ from transformers import (
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from srppo.errors import ModelError
+from srppo.models.untrusted import check_directory
 
 LOAD_ERRORS = (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError)
 """What `from_pretrained` raises for missing, unreadable or foreign files."""
@@ -87,7 +88,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     if not has_tokenizer(path):
         path = resolve(base_of(path))
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except LOAD_ERRORS as e:
         raise ModelError(cannot_load("tokenizer", name, e)) from e
     if tokenizer.eos_token_id is None:
@@ -119,13 +120,17 @@ def load_model(
     if is_adapter(path):
         return _load_merged(path, dtype, device, base)
     try:
+        check_directory(path)
         model, info = AutoModelForCausalLM.from_pretrained(
             path,
             dtype=getattr(torch, dtype),
             use_safetensors=True,
+            trust_remote_code=False,
             output_loading_info=True,
             **(_quantized(quantize, dtype, place) if quantize else {}),
         )
+    except ModelError:
+        raise
     except LOAD_ERRORS as e:
         raise ModelError(cannot_load("model", name, e)) from e
     if missing := sorted(info["missing_keys"]):
@@ -143,6 +148,7 @@ def load_model(
 
 def _load_merged(path: str, dtype: str, device: str, base: str | None) -> PreTrainedModel:
     try:
+        check_directory(path)
         model = load_model(base or base_of(path), dtype, device)
         merged = PeftModel.from_pretrained(model, path).merge_and_unload().requires_grad_(True)
         if (Path(path) / "generation_config.json").is_file():
@@ -206,7 +212,7 @@ def context_length(name: str) -> int | None:
     """Longest sequence that the model has positions for, in tokens; None: not stated."""
     path = resolve(name)
     try:
-        config: Any = AutoConfig.from_pretrained(path)
+        config: Any = AutoConfig.from_pretrained(path, trust_remote_code=False)
     except LOAD_ERRORS as e:
         raise ModelError(cannot_load("configuration", name, e)) from e
     return getattr(config.get_text_config(), "max_position_embeddings", None)
@@ -218,7 +224,7 @@ def fingerprint(name: str) -> str:
     path = resolve(name)
     if not Path(path).is_dir():
         try:
-            return str(AutoConfig.from_pretrained(path)._commit_hash)
+            return str(AutoConfig.from_pretrained(path, trust_remote_code=False)._commit_hash)
         except LOAD_ERRORS as e:
             raise ModelError(cannot_load("configuration", name, e)) from e
     digest = hashlib.sha256()

@@ -26,6 +26,7 @@ from srppo.config import LoRAConfig
 from srppo.errors import ModelError
 from srppo.models.load import LOAD_ERRORS, cannot_load
 from srppo.models.roles import Role
+from srppo.models.untrusted import check_directory
 
 
 class Backbone:
@@ -85,8 +86,11 @@ class Backbone:
             ModelError: not a plain LoRA adapter, or not one of this model.
         """
         try:
+            check_directory(str(directory))
             config = PeftConfig.from_pretrained(str(directory))
             weights = load_peft_weights(str(directory), device=str(self.model.device))
+        except ModelError:
+            raise
         except LOAD_ERRORS as e:
             raise ModelError(cannot_load("adapter", str(directory), e)) from e
         _check_plain(config, directory)

@@ -12,6 +12,7 @@ from transformers import DynamicCache, PreTrainedModel
 from srppo.algo.optimum import extrapolate
 from srppo.errors import ModelError
 from srppo.models.batching import Sequences
+from srppo.models.memory import Budget
 from srppo.models.precision import Compute, computing
 from srppo.models.roles import Role
 from srppo.models.scoring import output_logits
@@ -38,7 +39,7 @@ class HFSampler:
         *,
         eos_token_id: int,
         max_new_tokens: int,
-        max_tokens_per_batch: int = 65536,
+        max_tokens_per_batch: int | Budget = 65536,
         base: Role | PreTrainedModel | None = None,
         lam: float = 1.0,
         critic: ValueHead | None = None,
@@ -55,7 +56,7 @@ class HFSampler:
         self.compute: Compute = compute
         self.eos_token_id = eos_token_id
         self.max_new_tokens = max_new_tokens
-        self.max_tokens_per_batch = max_tokens_per_batch
+        self.budget = Budget.of(max_tokens_per_batch)
         self.lam = lam
         self.stop = stop
 
@@ -76,16 +77,21 @@ class HFSampler:
         order = sorted(range(N), key=lambda i: (len(prompts[i]), i))
         while order:
             width = T + len(prompts[order[-1]])  # the longest of those that remain
-            rows = torch.tensor(order[-max(1, self.max_tokens_per_batch // width) :])
+
+            def decode(tokens: int, width: int = width) -> Tensor:
+                rows = torch.tensor(order[-max(1, tokens // width) :])
+                some = [prompts[i] for i in rows.tolist()]
+                with ExitStack() as stack:
+                    for model in self.models:  # once for the whole decoding, not for every token
+                        stack.enter_context(model.active())
+                    stack.enter_context(computing(self.compute, self.models[0].device))
+                    ids[rows], logprobs[rows], units[rows], lengths[rows], ended[rows] = (
+                        self._decode(some, uniforms[rows], temperature)
+                    )
+                return rows
+
+            rows = self.budget.fit(decode)
             del order[-len(rows) :]
-            some = [prompts[i] for i in rows.tolist()]
-            with ExitStack() as stack:
-                for model in self.models:  # once for the whole decoding, not for every token
-                    stack.enter_context(model.active())
-                stack.enter_context(computing(self.compute, self.models[0].device))
-                ids[rows], logprobs[rows], units[rows], lengths[rows], ended[rows] = self._decode(
-                    some, uniforms[rows], temperature
-                )
             progress(len(rows))
         longest = int(lengths.max())
         mask = torch.arange(longest) < lengths[:, None]
@@ -100,11 +106,11 @@ class HFSampler:
     @property
     def _in_float32(self) -> bool:
         """Otherwise cached decoding and a pass over the whole response round differently, which
-        the KL term would take for a difference of models."""
-        as_weights = (
-            self.compute == "float32" or self.models[-1].device.type == "cpu"
-        )  # `computing`
-        return as_weights and self.models[-1].model.dtype == torch.float32
+        the KL term would take for a difference of models. (On a CPU `computing` reduces training
+        alone.)"""
+        role = self.models[-1]
+        as_weights = self.compute == "float32" or role.device.type == "cpu"
+        return as_weights and role.model.dtype == torch.float32
 
     @torch.no_grad()
     def _decode(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -17,14 +18,17 @@ from srppo.algo.masking import masked_mean, masked_sum, whiten
 from srppo.algo.reward import last_token, token_log_ratios, token_rewards
 from srppo.config import PPOConfig
 from srppo.errors import ConfigError, DataError
+from srppo.models.memory import Budget
 from srppo.models.roles import Roles
 from srppo.models.scoring import score, score_with_values
 from srppo.models.value_head import ValueHead
 from srppo.progress import Reporter
 from srppo.rollout.sampler import Rollout, Sampler
 from srppo.train.all_action import FrozenStates, frozen_states, score_all_actions
+from srppo.train.health import ailment, not_finite
 from srppo.train.metrics import MetricsLog
 from srppo.train.pace import Pace, Stopwatch
+from srppo.train.state import Tree
 from srppo.train.steps import Keeper, Steps
 from srppo.train.update import Experience, Metrics, Optimizers, Trained, generator, update
 
@@ -62,6 +66,7 @@ def train_ppo(
     evaluate: Evaluate | None = None,
     evaluate_every: int | None = None,
     keeper: Keeper | None = None,
+    budget: Budget | None = None,
     title: str = "PPO",
 ) -> str | None:
     """Maximise E_x E_{y~pi_theta}[ r(x,y) - kl_coef log(pi_theta/pi_ref) ]; trains roles.policy.
@@ -71,9 +76,13 @@ def train_ppo(
         prompts: token ids; drawn without replacement, shuffled anew when used up.
         evaluate: called after the last and after every `evaluate_every`-th step.
         keeper: of checkpoints; training goes on from the last one.
+        budget: tokens per pass, where the sampler shares it; None: one of the recipe's.
 
     Returns:
         Why training stopped early, or None.
+
+    Raises:
+        TrainingError: a step would teach nothing (`ailment`), or nothing fits into memory.
 
     Source: arXiv:2510.21090, stage 2; docs/math.md.
     """
@@ -83,9 +92,10 @@ def train_ppo(
     steps = config.steps or math.ceil(len(prompts) / per_step)
     total = steps + (config.value_warmup_steps if roles.critic else 0)
     optimizers = Optimizers(roles, config)
+    budget = budget or Budget(config.max_tokens_per_batch)
     pace, watch = Pace(roles, config), Stopwatch()
     with (
-        Steps(keeper, Trained(roles, optimizers), log) as place,
+        Steps(keeper, Trained(roles, optimizers, budget), log) as place,
         reporter.bar(title, total, "steps", place.done) as advance,
     ):
         for step in range(place.done + 1, total + 1):
@@ -97,13 +107,21 @@ def train_ppo(
             with watch("rollout"):
                 rollout = sampler.sample(batch, _seed(seed, "rollout", step))
             with watch("scoring"):
-                scores = score_rollout(roles, rollout, config)
+                scores = budget.fit(partial(score_rollout, roles, rollout, config))
                 rewards = rewards_of(rollout, scores, config)
                 values = values_under(roles.critic, rollout, scores, rewards, config)
                 advantages, returns = advantages_of(rewards, values, scores, rollout, config)
                 metrics = describe(rollout, scores, values, returns, config)
 
-            if not metrics["kl_ref"] <= config.max_kl:  # NaN stops it, too
+            numbers = numbers_of(scores, rewards, advantages)
+            skip = config.on_bad_numbers == "skip"
+            if reason := ailment(numbers, rollout, metrics):
+                place.bad(step, reason, batch_of(rollout, numbers), metrics, skip=skip)
+                log.log(step, metrics)
+                place.complete(step, metrics)
+                advance(1)
+                continue
+            if metrics["kl_ref"] > config.max_kl:
                 log.log(step, metrics)
                 over = (
                     f"KL to {config.kl_ref} is {metrics['kl_ref']:.3g} nats a response at step "
@@ -122,8 +140,16 @@ def train_ppo(
             place.begin_update()
             with watch("update"):
                 metrics |= update(
-                    roles, experience, optimizers, config, shuffle, move_policy=not warming_up
+                    roles,
+                    experience,
+                    optimizers,
+                    config,
+                    shuffle,
+                    move_policy=not warming_up,
+                    budget=budget,
                 )
+            if reason := not_finite(metrics):
+                place.bad(step, reason, batch_of(rollout, numbers), metrics, skip=skip)
 
             if evaluate and (step == total or (evaluate_every and step % evaluate_every == 0)):
                 with watch("evaluation"):
@@ -147,8 +173,15 @@ def prompt_batch(prompts: list[list[int]], n: int, step: int, seed: int) -> list
     return chosen
 
 
-def score_rollout(roles: Roles, rollout: Rollout, config: PPOConfig) -> Scores:
-    """Two frozen passes (sft, base); the policy's own numbers are the sampler's, if it can tell."""
+def score_rollout(
+    roles: Roles, rollout: Rollout, config: PPOConfig, max_tokens: int | None = None
+) -> Scores:
+    """Two frozen passes (sft, base); the policy's own numbers are the sampler's, if it can tell.
+
+    `max_tokens` per pass, padding included; None: the recipe's.
+    """
+    if max_tokens:
+        config = config.model_copy(update={"max_tokens_per_batch": max_tokens})
     y, budget = rollout.sequences, config.max_tokens_per_batch
     if config.estimator == "all_action":
         frozen = frozen_states(roles, y, budget)
@@ -249,6 +282,23 @@ def describe(
     if config.estimator == "ppo":
         metrics["value_explained_variance"] = explained_variance(values, returns, mask)
     return {key: float(value) for key, value in metrics.items()}
+
+
+def numbers_of(scores: Scores, rewards: Tensor, advantages: Tensor) -> dict[str, Tensor]:
+    """(N, T) each: what the update is made of, by name."""
+    return {
+        "log pi_theta": scores.policy,
+        "log pi_sft": scores.sft,
+        "log pi_base": scores.base,
+        "reward": rewards,
+        "advantage": advantages,
+    }
+
+
+def batch_of(rollout: Rollout, numbers: dict[str, Tensor]) -> Tree:
+    """The step's batch as it is kept for inspection."""
+    y = rollout.sequences
+    return {"prompt_ids": y.prompt_ids, "response_ids": y.response_ids, "mask": y.mask, **numbers}
 
 
 def correlation(a: Tensor, b: Tensor) -> Tensor:

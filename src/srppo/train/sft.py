@@ -30,7 +30,7 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from srppo.config import SFTConfig
 from srppo.data.demonstrations import Example
-from srppo.models.memory import activation_checkpointing
+from srppo.models.memory import Budget, activation_checkpointing
 from srppo.progress import Advance, Reporter
 from srppo.train.metrics import MetricsLog
 from srppo.train.state import Tree, load_optimizer, load_tensors, optimizer_state
@@ -101,6 +101,7 @@ def train_sft(
                 processing_class=tokenizer,
                 data_collator=DataCollatorForLanguageModeling(pad_token_id=tokenizer.eos_token_id),
                 optimizer_cls_and_kwargs=_optimizer(config),
+                rows=Budget(micro, reporter.line),
             )
             for p in trained:
                 p.data = p.data.float()  # the trainer makes adapters on quantised weights bfloat16
@@ -109,7 +110,7 @@ def train_sft(
                 reporter.bar(title, steps, "steps", place.done) as advance,
                 activation_checkpointing(model, config.gradient_checkpointing),
             ):
-                place.more = trainer.more_files
+                trainer.place, place.more = place, trainer.more_files
                 trainer.add_callback(_Report(trainer, place, log, reporter, advance, title))
                 found = keeper and keeper.found
                 trainer.train(resume_from_checkpoint=str(found.path) if found else None)
@@ -134,16 +135,64 @@ class _Trainer(SFTTrainer):
     A checkpoint holds a file of the trainer's beside ours, by which it finds its place in the data.
     """
 
+    place: Steps
+    rows: Budget
+    """Per forward pass."""
     before: Tree | None = None
     """What it goes on from."""
     random: Tree
     """Generators as the last step left them: dropout draws from them."""
 
-    def note_random(self) -> None:
-        """The step is over."""
+    def __init__(self, *args: Any, rows: Budget, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.rows = rows
+        self.inputs: list[dict[str, Any]] = []
+        """Of the step so far: when memory runs out, its gradients are made anew."""
+
+    def end_step(self) -> None:
+        """Note what the next one starts from."""
         device = self.model.device
         on_device = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
         self.random = {"cpu": torch.get_rng_state(), "device": on_device}
+        self.inputs.clear()
+
+    def training_step(
+        self, model: PreTrainedModel, inputs: dict[str, Any], num_items_in_batch: Any = None
+    ) -> torch.Tensor:
+        """Add the gradients of one microbatch, in smaller ones once memory has run out."""
+        self.inputs.append(inputs)
+        undone: list[dict[str, Any]] = []
+
+        def work(rows: int) -> torch.Tensor:
+            for earlier in undone:
+                self._add(model, earlier, num_items_in_batch, rows)
+            return self._add(model, inputs, num_items_in_batch, rows)
+
+        def undo() -> None:
+            model.zero_grad()
+            self._metrics["train"].clear()
+            undone[:] = self.inputs[:-1]
+
+        return self.rows.fit(work, undo)
+
+    def _add(
+        self, model: PreTrainedModel, inputs: dict[str, Any], n_tokens: Any, rows: int
+    ) -> torch.Tensor:
+        parts = zip(*(x.split(rows) for x in inputs.values()), strict=True)
+        losses = [
+            super(_Trainer, self).training_step(
+                model, dict(zip(inputs, part, strict=True)), n_tokens
+            )
+            for part in parts
+        ]
+        return torch.stack(losses).sum()
+
+    def _get_grad_norm(self, model: PreTrainedModel, grad_norm: Any = None) -> Any:
+        norm = super()._get_grad_norm(model, grad_norm)
+        if not math.isfinite(norm):
+            step = self.state.global_step + 1
+            self.place.bad(step, f"the norm of its gradient is {norm}", {"inputs": self.inputs}, {})
+        return norm
 
     def state_dict(self) -> Tree:
         """As it was after the last step."""
@@ -151,11 +200,13 @@ class _Trainer(SFTTrainer):
             "weights": self._weights(),
             "optimizer": optimizer_state(self.optimizer.optimizer),
             "random": self.random,
+            "rows_per_pass": self.rows.size,
         }
 
     def load_state_dict(self, state: Tree) -> None:
         """The weights; the rest when the trainer asks for it."""
         load_tensors(self._weights(), state["weights"])
+        self.rows.size = min(self.rows.size, state["rows_per_pass"])
         self.before = state
 
     def more_files(self) -> dict[str, str]:
@@ -229,5 +280,5 @@ class _Report(TrainerCallback):
                 f"{self.title} step {state.global_step}/{state.max_steps}  "
                 f"loss {values['loss']:.3f} nats/token  lr {values['learning_rate']:.2g}"
             )
-        self.trainer.note_random()
+        self.trainer.end_step()
         self.place.complete(state.global_step, values)

@@ -108,6 +108,19 @@ class Checkpoints:
             for other in earlier[: -self.keep] + [x for x in there if x > step]:
                 shutil.rmtree(self._of(other))  # one of a later step is damaged
 
+    def save_bad(self, step: int, batch: Tree, facts: Tree) -> Path:
+        """Something to look at, never loaded: bad/STAGE/step-000012.safetensors and .json; the
+        latter's path."""
+        folder = self.run_dir / "bad" / self.folder.relative_to(self.run_dir / "checkpoints")
+        path = folder / f"step-{step:06d}.json"
+        with writing(path):
+            make_folder(folder, self.run_dir)
+            tensors: dict[str, Tensor] = {}
+            content = json.dumps({**facts, "batch": _split(batch, "", tensors)}, indent=1)
+            save_file(tensors, path.with_suffix(".safetensors"))
+            path.write_text(content + "\n", encoding="utf-8")
+        return path
+
     def _find(self, say: Callable[[str], None]) -> Checkpoint | None:
         for step in reversed(self._all()):
             path = self._of(step)

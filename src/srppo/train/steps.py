@@ -10,10 +10,13 @@ from typing import Protocol
 
 from srppo import signals
 from srppo.config_checkpoint import CheckpointConfig
+from srppo.errors import TrainingError
 from srppo.progress import Reporter
 from srppo.train.metrics import MetricsLog
 from srppo.train.state import Checkpoint, Checkpoints, Tree
 
+PATIENCE = 5
+"""Steps in a row that teach nothing; to leave them out is then no cure."""
 SHARE = 0.01
 """Of the time, for saving, where the recipe does not say how often."""
 
@@ -82,6 +85,7 @@ class Steps:
         """The last step that is complete."""
         self._saved = 0
         self._best: float | None = None
+        self._bad: list[int] = []
         self._updating = False
         self._last_save = time.monotonic()
         self._cost: float | None = None
@@ -107,6 +111,35 @@ class Steps:
             self._save()
         signals.release()
 
+    def bad(
+        self,
+        step: int,
+        reason: str,
+        batch: Tree,
+        facts: Tree,
+        *,
+        skip: bool = False,
+    ) -> None:
+        """The step teaches nothing: its batch is kept for inspection, and the stage stops, or goes
+        on where `skip`, unless it is the last of too many in a row.
+
+        Raises:
+            TrainingError: the checkpoints are as they were.
+        """
+        self._bad = [*self._bad, step] if step - 1 in self._bad else [step]
+        what = f"step {step}: {reason}"
+        if self.keeper:
+            facts = {"step": step, "reason": reason, **facts}
+            what += f"; {self.keeper.checkpoints.save_bad(step, batch, facts)} holds its batch"
+        if not skip or len(self._bad) >= PATIENCE:
+            raise TrainingError(
+                f"{what}. Nothing can be learnt from it{', nor from those before' * skip}. Lower "
+                "the learning rate and go on with --allow-change, or look at the data and at both "
+                "models; ppo.on_bad_numbers=skip leaves single steps of stage 2 out."
+            )
+        if self.keeper:
+            self.keeper.reporter.line(f"{what}. Left out.")
+
     def __enter__(self) -> Steps:
         return self
 
@@ -130,7 +163,7 @@ class Steps:
     def _save(self) -> None:
         assert self.keeper
         started = time.monotonic()
-        tree = {"best": self._best, "trained": self.trained.state_dict()}
+        tree = {"best": self._best, "bad": self._bad, "trained": self.trained.state_dict()}
         self.log.flush()
         self.keeper.checkpoints.save(self.done, tree, self.log.path, self.more())
         self._saved, self._last_save = self.done, time.monotonic()
@@ -155,6 +188,6 @@ class Steps:
         assert self.keeper
         tree = checkpoint.read()
         self.trained.load_state_dict(tree["trained"])
-        self._best = tree["best"]
+        self._best, self._bad = tree["best"], tree["bad"]
         self.done = self._saved = checkpoint.step
         self.keeper.reporter.line(f"going on after step {self.done}, from {checkpoint.path}")

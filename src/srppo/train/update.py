@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from srppo.algo.loss import clip_fraction, clipped_policy_loss, clipped_value_lo
 from srppo.algo.masking import masked_mean
 from srppo.config import PPOConfig
 from srppo.models.batching import Batch, input_lengths, microbatches
+from srppo.models.memory import Budget
 from srppo.models.precision import computing
 from srppo.models.roles import Roles
 from srppo.models.scoring import chunks, hidden_states, output_logits
@@ -83,6 +85,11 @@ class Optimizers:
         self.policy.zero_grad(set_to_none=True)
         return norms
 
+    def clear(self) -> None:
+        """Forget all gradients."""
+        for optimizer in self.all:
+            optimizer.zero_grad(set_to_none=True)
+
     def _step(self, optimizer: AdamW) -> float:
         norm = clip_grad_norm_(optimizer.param_groups[0]["params"], self.max_grad_norm)
         if norm.isfinite():  # one bad minibatch must not end in weights that are not numbers
@@ -97,6 +104,7 @@ class Trained:
 
     roles: Roles
     optimizers: Optimizers
+    budget: Budget
 
     def state_dict(self) -> Tree:
         """As it is between two steps."""
@@ -104,6 +112,7 @@ class Trained:
         return {
             "policy": self.roles.policy.parameters(),
             "critic": critic.state_dict() if critic else None,
+            "tokens_per_pass": self.budget.size,
             "optimizers": [optimizer_state(optimizer) for optimizer in self.optimizers.all],
         }
 
@@ -115,6 +124,7 @@ class Trained:
         load_tensors(self.roles.policy.parameters(), state["policy"])
         if critic:
             load_tensors(critic.state_dict().values(), list(state["critic"].values()))
+        self.budget.size = min(self.budget.size, state["tokens_per_pass"])
         for optimizer, values in zip(self.optimizers.all, saved, strict=True):
             load_optimizer(optimizer, values)
 
@@ -127,6 +137,7 @@ def update(
     shuffle: torch.Generator,
     *,
     move_policy: bool = True,
+    budget: Budget | None = None,
 ) -> Metrics:
     """`epochs` passes over the rollout in shuffled minibatches, the remainder included.
 
@@ -134,11 +145,15 @@ def update(
     `move_policy`, and after KL(old||new) has exceeded `update_kl_limit`, only the critic learns.
     """
     stats: dict[str, list[float]] = {}
+    budget = budget or Budget(config.max_tokens_per_batch)
     for _ in range(config.epochs):
         order = torch.randperm(len(experience.rollout.sequences), generator=shuffle)
         for rows in order.split(config.minibatch_size):
             with computing(config.compute, roles.policy.device):  # anew: weights have changed
-                metrics = accumulate(roles, experience, rows, config, move_policy)
+                metrics = budget.fit(
+                    partial(accumulate, roles, experience, rows, config, move_policy),
+                    undo=optimizers.clear,
+                )
             if move_policy:
                 move_policy = metrics["update_kl"] <= (config.update_kl_limit or math.inf)
             metrics |= optimizers.step(move_policy)
@@ -151,9 +166,17 @@ def update(
 
 
 def accumulate(
-    roles: Roles, experience: Experience, rows: Tensor, config: PPOConfig, policy_too: bool = True
+    roles: Roles,
+    experience: Experience,
+    rows: Tensor,
+    config: PPOConfig,
+    policy_too: bool = True,
+    max_tokens: int | None = None,
 ) -> Metrics:
-    """Add the gradients of one minibatch; statistics are means over its response tokens."""
+    """Add the gradients of one minibatch; statistics are means over its response tokens.
+
+    `max_tokens` per pass, padding included; None: the recipe's.
+    """
     critic, y = roles.critic, experience.rollout.sequences
     mask, old = y.mask[rows], experience.logprobs[rows]
     n_tokens = int(mask.sum())
@@ -162,7 +185,8 @@ def accumulate(
     losses, value_losses = [], []
     padded = 0
     with roles.policy.active() as policy:
-        for batch in microbatches(y, rows, config.max_tokens_per_batch, roles.policy.device):
+        limit = max_tokens or config.max_tokens_per_batch
+        for batch in microbatches(y, rows, limit, roles.policy.device):
             padded += batch.input_ids.numel()
             with torch.set_grad_enabled(policy_too):
                 hidden = hidden_states(policy, batch)
