@@ -84,6 +84,11 @@ def run(
         results = this.all()
     if results["rows"]:
         stdout().print(result_table(results))
+    if found := this.benchmarks():
+        from srppo.eval.show import show_results
+
+        show_results(found, stdout())
+        stdout().print(f"Benchmarks: {this.dir.path / 'evals/comparison.html'}")
     stdout().print(f"Model:  {this.dir.path / 'policy'}\nReport: {this.dir.path / 'report.html'}")
 
 

@@ -206,9 +206,6 @@ def _judge(
             "a judge is --judge-url with --judge-model, or --judge alone: who would judge is not "
             "clear."
         )
-    from srppo.eval.judge_local import LocalJudge
-    from srppo.eval.judge_server import ServerJudge
+    from srppo.eval.in_run import judge_of
 
-    if url and model:
-        return ServerJudge(url, model)
-    return LocalJudge(local, device=device, dtype=dtype) if local else None
+    return judge_of(url, model, local, device, dtype)

@@ -14,6 +14,7 @@ from pydantic import Field, field_validator, model_validator
 
 from srppo.config_checkpoint import CheckpointConfig
 from srppo.config_data import DataConfig
+from srppo.config_eval import EvalConfig
 from srppo.config_model import LoRAConfig as LoRAConfig
 from srppo.config_model import ModelConfig as ModelConfig
 from srppo.errors import ConfigError
@@ -181,32 +182,6 @@ class AuditConfig(Section):
 
     prompts: Positive = 200
     """Held-out demonstrations looked at, at most."""
-
-
-class EvalConfig(Section):
-    """What is measured after training, and during it."""
-
-    prompts: str | None = None
-    """Source of evaluation rows; null: the held-out demonstrations."""
-    split: str = "test"
-    """Split of that source."""
-    limit: Positive | None = None
-    """Rows used; null: all."""
-    scorer: str | None = None
-    """`python:package.module:function` or `python:path/to/file.py:function`, called as
-    `score(rows, responses, ended) -> {name: [float, ...]}`; null: length, EOS and reward only."""
-    temperatures: list[NonNegativeFloat] = Field(default=[1.0])
-    """Sampling temperatures; 0 is greedy."""
-    samples_per_prompt: Positive = 1
-    """Responses to each prompt at temperatures above 0."""
-    every: Positive | None = None
-    """Evaluate at temperature 1 every so many PPO steps; null: never."""
-    every_split: str = "validation"
-    """Split used for that, so that no choice made on the curve touches `split`."""
-    every_limit: Positive = 128
-    """Rows used for that."""
-    side_by_side: NonNegative = 24
-    """Prompts whose responses the report shows side by side."""
 
 
 class ControlConfig(Section):

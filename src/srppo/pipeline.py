@@ -23,6 +23,7 @@ from srppo.data.load import read_data
 from srppo.data.prompts import Prompt
 from srppo.errors import ConfigError, RunDirError
 from srppo.eval.evaluate import Evaluator, load_scorer
+from srppo.eval.in_run import RunBenchmarks, comparison_of
 from srppo.eval.models import evaluate_models
 from srppo.models.load import fingerprint as model_fingerprint
 from srppo.models.load import require_quantizer
@@ -33,9 +34,11 @@ from srppo.progress import Reporter
 from srppo.provenance import now, provenance
 from srppo.report import build
 from srppo.report.card import write_cards
+from srppo.report.comparison import render
 from srppo.rollout.hf import HFSampler
 from srppo.train.audit import audit, with_found_beta
 from srppo.train.checkpoint import RunDir, move_aside
+from srppo.train.files import read_json
 from srppo.train.metrics import MetricsLog
 from srppo.train.ppo import train_ppo
 from srppo.train.sft import train_sft
@@ -85,6 +88,7 @@ class Run:
             self.reporter.line(f"starting over: the run that was there is now {old}")
         made_by = {"name": recipe.name, **provenance(recipe, source)}
         self.dir = RunDir.open(recipe, made_by, inputs, allow_change=allow_change)
+        self.benchmarks_wanted = self._benchmarks() if recipe.eval.benchmarks.tasks else None
         self.dir.write_json("data.json", self.data.reports)
         self.dir.write_text("data.txt", describe_all(self.data.reports))
         self._say_data()
@@ -158,6 +162,25 @@ class Run:
         results: dict[str, Any] = self.dir.read_json("results.json")
         return results
 
+    def benchmarks(self) -> list[dict[str, Any]]:
+        """Base, SFT model and policy on `eval.benchmarks`: what evals/NAME/results.json hold.
+
+        evals/comparison.html compares them, question by question.
+        """
+        if not self.benchmarks_wanted:
+            return []
+        models = {"base": self.recipe.model.base, "sft": str(self.sft())}
+        if self.dir.is_done("ppo"):
+            models["policy"] = str(self.dir.path / "policy")
+        out = self.dir.path / "evals"
+        with self._stage("benchmarks", models=list(models)) as todo:
+            if todo:
+                self.benchmarks_wanted.after(models, out)
+                page = render(comparison_of(list(models), out), "html")
+                self.dir.write_text("evals/comparison.html", page)
+        found = [self.dir.path.glob(f"evals/{name}*/results.json") for name in models]
+        return [read_json(path) for paths in found for path in sorted(paths)]
+
     def report(self) -> Path:
         """The HTML page, and the cards of the models."""
         write_cards(self.dir.path)
@@ -169,6 +192,7 @@ class Run:
         self.ppo()
         self.controls()
         results = self.evaluate()
+        self.benchmarks()
         if self.dir.record["finished"] is None:
             self.dir.record["finished"] = now()
             self.dir.save_record()
@@ -291,11 +315,18 @@ class Run:
             return {}
         evaluator = self._evaluator(self.data.curve_prompts)
         rows = evaluator.measure(evaluator.sampler(policy), temperature=1.0)
-        return {
+        curve = {
             f"eval/{name}/{row['group']}": value
             for row in rows
             for name, value in {**row["scores"], "reward": row["reward"]}.items()
         }
+        if self.benchmarks_wanted and (benchmarks := self.benchmarks_wanted.during):
+            curve |= benchmarks.measure(policy, self.tokenizer)
+        return curve
+
+    def _benchmarks(self) -> RunBenchmarks:
+        self.dir.write_text("evals/template.jinja", str(self.tokenizer.chat_template))
+        return RunBenchmarks(self.recipe, self.dir.path / "evals/template.jinja", self.reporter)
 
     def _evaluator(self, prompts: list[Prompt]) -> Evaluator:
         return Evaluator(

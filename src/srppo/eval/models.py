@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from srppo.config import EvalConfig
+from srppo.config_eval import EvalConfig
 from srppo.data.chat import Example
 from srppo.eval.evaluate import Evaluator, Row, held_out_nll
 from srppo.progress import Reporter
