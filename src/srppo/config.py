@@ -250,7 +250,7 @@ class Recipe(Section):
                 "ppo.estimator=ppo, or model.offload=false."
             )
         best = self.checkpoint.keep_best or ""
-        if best.startswith("eval/") and not self.eval.every:
+        if best.startswith(("eval/", "bench/")) and not self.eval.every:
             raise ValueError(
                 f"checkpoint.keep_best={best} is measured during stage 2 only with eval.every, "
                 "which is not set: no policy would be kept. Set eval.every."
