@@ -377,6 +377,8 @@ def test_directories_that_are_taken(data_dir, model_dir, chat_dir, tmp_path):
     (tmp_path / "o").write_text("mine")
     with pytest.raises(ConfigError, match="is a file"):
         run([f"o={model_dir}"], tmp_path, settings)
+    with pytest.raises(ConfigError, match=r"o is not a directory that you may write to"):
+        run([f"p={model_dir}"], tmp_path / "o", settings)
     assert (tmp_path / "n" / "thesis.tex").read_text() == "mine"
 
 

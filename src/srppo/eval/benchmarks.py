@@ -28,6 +28,8 @@ from srppo.errors import DataError
 Row = dict[str, Any]
 
 LETTERS = "ABCD"
+SHOTS = 5
+"""Examples in a prompt, of the tasks that have any."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,8 @@ class Benchmark:
     """The same for the examples in the prompt, split `train` on the hub; none: no examples."""
     floor: float | None = None
     """What guessing gives."""
+    by_likelihood: bool = False
+    """Decided by the likeliest of four letters, not by a response."""
     secret: bool = False
     """Its authors ask that questions never appear in plain text."""
 
@@ -111,6 +115,7 @@ BENCHMARKS = {
             files=("gpqa/gpqa_main.*", "gpqa/*.jsonl", "gpqa/*.csv", "gpqa_main.*", "gpqa.*"),
             metrics={"accuracy": Metric("acc")},
             floor=0.25,
+            by_likelihood=True,
             secret=True,
         ),
     )
@@ -164,7 +169,12 @@ def load_questions(
     rows, source = _rows(benchmark, data_dir, benchmark.files, benchmark.split)
     examples: list[Row] = []
     if shots and benchmark.shots_files:
-        examples, _ = _rows(benchmark, data_dir, benchmark.shots_files, "train")
+        examples, found = _rows(benchmark, data_dir, benchmark.shots_files, "train")
+        if len(examples) < SHOTS:
+            raise DataError(
+                f"{found} has {len(examples)} of the {SHOTS} examples that a prompt of "
+                f"{benchmark.name} begins with: no prompt could be made. Get the file anew."
+            )
     docs, pool = (
         [_SHAPES[benchmark.name]({c: row[c] for c in benchmark.columns}, seed) for row in some]
         for some in (rows, examples)

@@ -75,7 +75,7 @@ def _evaluate(
     judge: Judge | None,
 ) -> ResultDir:
     record = settings.record()
-    results = ResultDir.begin(out / subject.name, subject.identity(), record)
+    results = ResultDir.begin(out / subject.name, subject.identity, record)
     load = cache(partial(subject.load, settings.dtype, settings.device))
     job = _Job(subject, plan, settings, results, reporter, load)
     for name in settings.tasks:
@@ -145,7 +145,7 @@ class _Job:
 
 def _benchmark(job: _Job, task: Task) -> None:
     benchmark, chat = task.benchmark, job.subject.chat
-    requests = len(task.questions.docs) * (len(LETTERS) if benchmark.secret else 1)
+    requests = len(task.questions.docs) * (len(LETTERS) if benchmark.by_likelihood else 1)
     engine, found = job.ask(benchmark.name, requests, lambda engine: task.run(engine, chat))
     scores = task.scores(found)
     logged = found.pop("samples")[benchmark.task]
@@ -158,13 +158,14 @@ def _benchmark(job: _Job, task: Task) -> None:
         **task.facts(),
         settings={**task.settings(), **engine.settings},
     )
-    if benchmark.secret:
+    if benchmark.by_likelihood:
         per_question = [
             engine.answers[i : i + len(LETTERS)] for i in range(0, requests, len(LETTERS))
         ]
         entry["truncated_prompts"] = sum(
             any(a["truncated_prompt"] for a in answers) for answers in per_question
         )
+    if benchmark.secret:
         samples = _without_texts(task, logged, scores)
     else:
         samples = samples_of(task.prompts, engine.answers, scores)
