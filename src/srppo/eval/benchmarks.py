@@ -121,6 +121,8 @@ BENCHMARKS = {
     )
 }
 TASKS = (*BENCHMARKS, "alpaca_eval")
+TEXT_FILES = (".jsonl", ".json", ".csv")
+"""Of other files a copy gets into the cache of `datasets`."""
 PRESETS = {"quick": 100, "full": None}
 """Questions of each task, the first so many, as lm-eval's `--limit` takes them."""
 
@@ -185,7 +187,8 @@ def load_questions(
 def _rows(
     benchmark: Benchmark, data_dir: Path | None, patterns: tuple[str, ...], split: str
 ) -> tuple[list[Row], str]:
-    path = find_file(data_dir, patterns) if data_dir else None
+    suffixes = TEXT_FILES if benchmark.secret else tuple(READERS)
+    path = _find_file(data_dir, patterns, suffixes) if data_dir else None
     where = str(path) if path else benchmark.hub
     try:
         source = open_source(where, seed=0, split=split)
@@ -209,14 +212,14 @@ def _rows(
     return rows, where
 
 
-def find_file(data_dir: Path, patterns: tuple[str, ...]) -> Path | None:
+def _find_file(data_dir: Path, patterns: tuple[str, ...], suffixes: tuple[str, ...]) -> Path | None:
     """The file that the first pattern with any match names.
 
     Raises:
         DataError: several match.
     """
     for pattern in patterns:
-        found = sorted(p for p in data_dir.glob(pattern) if p.suffix.lower() in READERS)
+        found = sorted(p for p in data_dir.glob(pattern) if p.suffix.lower() in suffixes)
         if len(found) > 1:
             raise DataError(
                 f"{data_dir} has {' and '.join(p.name for p in found[:2])} for {pattern}: which "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -58,12 +57,7 @@ def evaluate(
     for check in plan.checks:
         if check.state == "note":
             reporter.line(f"note: {check.what}: {check.says}")
-    found = []
-    for subject in plan.subjects:
-        found.append(_evaluate(subject, plan, settings, out, reporter, judge))
-        gc.collect()
-        torch.cuda.empty_cache()
-    return found
+    return [_evaluate(subject, plan, settings, out, reporter, judge) for subject in plan.subjects]
 
 
 def _evaluate(
