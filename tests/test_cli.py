@@ -16,6 +16,7 @@ ARGUMENTS = {
     **dict.fromkeys(("chat", "export", "push"), "DIR"),
     "data": "check",
     "eval": "MODEL",
+    "compare": "NAME=DIR",
 }
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from srppo import cli_eval
+from srppo.cli_compare import compare as compare_models
 from srppo.errors import ConfigError, SrppoError
 
 if TYPE_CHECKING:
@@ -211,6 +212,7 @@ app.add_typer(
     name="eval",
     help="Measure models on IFEval, GSM8K, GPQA and AlpacaEval, or score stored responses.",
 )
+app.command("compare")(compare_models)
 
 data = typer.Typer(no_args_is_help=True, help="Look at data before anything is trained.")
 app.add_typer(data, name="data")

@@ -1,121 +1,16 @@
-"""The page as a browser shows it: nothing overflows, nothing is fetched, nothing complains.
-
-Chromium is driven over its debugging pipe: nothing but the standard library.
-"""
+"""The pages as a browser shows them: nothing overflows, nothing is fetched, nothing complains."""
 
 import json
-import os
-import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
+from browser import CHROMIUM, Browser
+from scored import demo
+from srppo.eval.compare import compare
 from srppo.report import build
-
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("chrome")
-FLAGS = [
-    "--headless",
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    "--disable-dev-shm-usage",
-    "--remote-debugging-pipe",
-]
-# Chromium reads commands from descriptor 3 and writes events to descriptor 4.
-LAUNCH = """
-import os, sys
-commands, events = [os.dup2(int(fd), 20 + int(fd), inheritable=False) for fd in sys.argv[1:3]]
-os.dup2(commands, 3)
-os.dup2(events, 4)
-os.execv(sys.argv[3], sys.argv[3:])
-"""
-
-
-class Browser:
-    """`open` a page, `evaluate` in it; `errors` and `requests` are of the page that is open."""
-
-    def __init__(self, profile: Path) -> None:
-        assert CHROMIUM
-        commands_out, self._commands = os.pipe()
-        self._events, events_in = os.pipe()
-        arguments = [CHROMIUM, *FLAGS, f"--user-data-dir={profile}", "about:blank"]
-        self._process = subprocess.Popen(
-            [sys.executable, "-c", LAUNCH, str(commands_out), str(events_in), *arguments],
-            pass_fds=(commands_out, events_in),
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
-        os.close(commands_out)
-        os.close(events_in)
-        self._buffer, self._id, self._session = b"", 0, None
-        self.errors: list[str] = []
-        self.requests: list[str] = []
-        target = self.call("Target.createTarget", url="about:blank")["targetId"]
-        attached = self.call("Target.attachToTarget", targetId=target, flatten=True)
-        self._session = attached["sessionId"]
-        for domain in ("Page", "Runtime", "Log", "Network"):
-            self.call(f"{domain}.enable")
-
-    def call(self, method: str, **params: Any) -> dict[str, Any]:
-        self._id += 1
-        message = {"id": self._id, "method": method, "params": params}
-        if self._session:
-            message["sessionId"] = self._session
-        os.write(self._commands, json.dumps(message).encode() + b"\0")
-        while True:
-            answer = self._receive()
-            if answer.get("id") == self._id:
-                assert "error" not in answer, answer
-                return answer["result"]
-
-    def open(self, page: Path, width: int, height: int, *, dark: bool = False) -> None:
-        self.errors.clear()
-        self.requests.clear()
-        metrics = {"width": width, "height": height, "deviceScaleFactor": 1}
-        self.call("Emulation.setDeviceMetricsOverride", **metrics, mobile=width < 600)
-        scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
-        self.call("Emulation.setEmulatedMedia", features=[scheme])
-        self.call("Page.navigate", url=page.resolve().as_uri())
-        while self._receive().get("method") != "Page.loadEventFired":
-            pass
-
-    def evaluate(self, expression: str) -> Any:
-        answer = self.call("Runtime.evaluate", expression=expression, returnByValue=True)
-        assert "exceptionDetails" not in answer, answer
-        return answer["result"].get("value")
-
-    def close(self) -> None:
-        os.close(self._commands)
-        self._process.terminate()
-        self._process.wait(timeout=20)
-        os.close(self._events)
-
-    def _receive(self) -> dict[str, Any]:
-        while b"\0" not in self._buffer:
-            chunk = os.read(self._events, 1 << 20)
-            assert chunk, f"{CHROMIUM} ended early"
-            self._buffer += chunk
-        line, _, self._buffer = self._buffer.partition(b"\0")
-        message = json.loads(line)
-        method, params = message.get("method"), message.get("params", {})
-        if method == "Network.requestWillBeSent":
-            self.requests.append(params["request"]["url"])
-        elif method == "Log.entryAdded" and params["entry"]["level"] in ("error", "warning"):
-            self.errors.append(params["entry"]["text"])
-        elif method == "Runtime.exceptionThrown" or (
-            method == "Runtime.consoleAPICalled" and params["type"] in ("error", "warning")
-        ):
-            self.errors.append(json.dumps(params))
-        return message
-
+from srppo.report.comparison import render
 
 PHONE, DESKTOP = (390, 844), (1280, 900)
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on the PATH")
@@ -126,6 +21,30 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
     browser = Browser(tmp_path_factory.mktemp("profile"))
     yield browser
     browser.close()
+
+
+@pytest.fixture(scope="module")
+def comparison(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The page of a comparison of three models."""
+    out = demo(tmp_path_factory.mktemp("out"))
+    page = out / "compare.html"
+    models = {name: out / name for name in ("base", "sft", "srppo")}
+    page.write_text(render(compare(models), "html"), encoding="utf-8")
+    return page
+
+
+@pytest.mark.parametrize("size", [(320, 640), PHONE, (820, 1180), DESKTOP])
+@pytest.mark.parametrize("dark", [False, True])
+def test_a_comparison_fits_its_window_and_asks_for_nothing(browser, comparison, size, dark):
+    browser.open(comparison, *size, dark=dark)
+    root = "document.documentElement"
+    assert browser.evaluate(f"{root}.scrollWidth <= innerWidth && innerWidth == {size[0]}")
+    assert browser.errors == []
+    assert browser.requests == [comparison.resolve().as_uri()]
+    seen = browser.evaluate(CONTRASTS)
+    assert seen["dark"] is dark
+    assert seen["axes"] > 4.5
+    assert seen["lines"] > 3
 
 
 @pytest.mark.parametrize("size", [(320, 640), PHONE, (820, 1180), DESKTOP])
@@ -173,7 +92,7 @@ def test_the_wide_table_scrolls_in_its_own_box(browser, report):
     assert browser.evaluate(f"getComputedStyle({box}).overflowX") == "auto"
 
 
-LUMINANCE = """
+CONTRASTS = """
 (() => {
   const parse = (css) => css.match(/[\\d.]+/g).map(Number);
   const light = ([r, g, b]) => [r, g, b].map((c) => c / 255)
@@ -201,7 +120,7 @@ LUMINANCE = """
 def test_text_axes_lines_and_tokens_can_be_read_in_both_modes(browser, report, dark):
     """Contrast by WCAG 2: 4.5 for text, 3 for lines."""
     browser.open(report, *DESKTOP, dark=dark)
-    seen = browser.evaluate(LUMINANCE)
+    seen = browser.evaluate(CONTRASTS)
     assert seen["dark"] is dark
     assert seen["text"] > 4.5
     assert seen["axes"] > 4.5

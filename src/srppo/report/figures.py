@@ -166,6 +166,32 @@ def strip(name: str, label: str, points: Sequence[tuple[str, float, float, float
         return _inline(figure, name, label)
 
 
+def forest(
+    name: str,
+    label: str,
+    points: Sequence[tuple[str, float, float | None, float | None]],
+    reach: tuple[float, float],
+) -> Markup:
+    """Differences in points with their intervals about a line at 0: points are (series,
+    difference, low, high), `reach` is what the axis shows."""
+    with _style(name):
+        figure, (axes,) = _figure(4.4, 0.16 * len(points) + 0.3)
+        axes.axvline(0, color=INK, lw=1)
+        for y, (series, difference, low, high) in enumerate(reversed(points)):
+            colour = SERIES[series]
+            if low is not None and high is not None:
+                axes.plot([low, high], [y, y], color=colour, lw=4, alpha=0.35)
+            axes.plot([difference], [y], color=colour, marker="o", ms=5, ls="")
+        margin = 0.04 * (reach[1] - reach[0])
+        axes.set_xlim(reach[0] - margin, reach[1] + margin)
+        axes.set_ylim(-0.7, len(points) - 0.3)
+        axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]))
+        axes.xaxis.set_major_formatter(lambda x, _: f"{x:+g}".replace("-", "−") if x else "0")
+        axes.set_yticks([])
+        axes.grid(axis="x", visible=True)
+        return _inline(figure, name, label)
+
+
 def _style(name: str) -> AbstractContextManager[None]:
     """The style above over matplotlib's defaults, whatever the user's matplotlibrc says."""
     return matplotlib.style.context(["default", {**_STYLE, "svg.hashsalt": name}])
