@@ -150,6 +150,7 @@ def test_a_template_from_a_file(data_dir, model_dir, tmp_path):
         (["a/m", "b/m"], "two models are called 'm'"),
         (["x=a", "x=b"], "first=a second=b"),
         (["..=a"], "is no name"),
+        (["base=a", "base-plain=b"], "overwrite each other"),
     ],
 )
 def test_names_that_cannot_be(no_model, data_dir, models, says):

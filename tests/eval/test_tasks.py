@@ -197,6 +197,14 @@ def test_files_that_are_not_the_benchmarks(tmp_path, damage, says):
     assert SECRET not in str(e.value)
 
 
+def test_too_few_examples_for_a_prompt(tmp_path):
+    rows = [{"question": q, "answer": a} for q, a in GSM8K]
+    write_jsonl(tmp_path / "gsm8k_test.jsonl", rows)
+    write_jsonl(tmp_path / "gsm8k_train.jsonl", rows)
+    with pytest.raises(DataError, match="4 of the 5 examples"):
+        load_questions(BENCHMARKS["gsm8k"], tmp_path, 0)
+
+
 def test_two_files_that_could_be_meant(tmp_path):
     for name in ("a", "b"):
         write_jsonl(tmp_path / "gpqa" / f"{name}.jsonl", GPQA)

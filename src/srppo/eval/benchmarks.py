@@ -28,6 +28,8 @@ from srppo.errors import DataError
 Row = dict[str, Any]
 
 LETTERS = "ABCD"
+SHOTS = 5
+"""Examples in a prompt, of the tasks that have any."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,8 @@ class Benchmark:
     """The same for the examples in the prompt, split `train` on the hub; none: no examples."""
     floor: float | None = None
     """What guessing gives."""
+    by_likelihood: bool = False
+    """Decided by the likeliest of four letters, not by a response."""
     secret: bool = False
     """Its authors ask that questions never appear in plain text."""
 
@@ -111,11 +115,14 @@ BENCHMARKS = {
             files=("gpqa/gpqa_main.*", "gpqa/*.jsonl", "gpqa/*.csv", "gpqa_main.*", "gpqa.*"),
             metrics={"accuracy": Metric("acc")},
             floor=0.25,
+            by_likelihood=True,
             secret=True,
         ),
     )
 }
 TASKS = (*BENCHMARKS, "alpaca_eval")
+TEXT_FILES = (".jsonl", ".json", ".csv")
+"""Of other files a copy gets into the cache of `datasets`."""
 PRESETS = {"quick": 100, "full": None}
 """Questions of each task, the first so many, as lm-eval's `--limit` takes them."""
 
@@ -164,7 +171,12 @@ def load_questions(
     rows, source = _rows(benchmark, data_dir, benchmark.files, benchmark.split)
     examples: list[Row] = []
     if shots and benchmark.shots_files:
-        examples, _ = _rows(benchmark, data_dir, benchmark.shots_files, "train")
+        examples, found = _rows(benchmark, data_dir, benchmark.shots_files, "train")
+        if len(examples) < SHOTS:
+            raise DataError(
+                f"{found} has {len(examples)} of the {SHOTS} examples that a prompt of "
+                f"{benchmark.name} begins with: no prompt could be made. Get the file anew."
+            )
     docs, pool = (
         [_SHAPES[benchmark.name]({c: row[c] for c in benchmark.columns}, seed) for row in some]
         for some in (rows, examples)
@@ -175,7 +187,8 @@ def load_questions(
 def _rows(
     benchmark: Benchmark, data_dir: Path | None, patterns: tuple[str, ...], split: str
 ) -> tuple[list[Row], str]:
-    path = find_file(data_dir, patterns) if data_dir else None
+    suffixes = TEXT_FILES if benchmark.secret else tuple(READERS)
+    path = _find_file(data_dir, patterns, suffixes) if data_dir else None
     where = str(path) if path else benchmark.hub
     try:
         source = open_source(where, seed=0, split=split)
@@ -199,14 +212,14 @@ def _rows(
     return rows, where
 
 
-def find_file(data_dir: Path, patterns: tuple[str, ...]) -> Path | None:
+def _find_file(data_dir: Path, patterns: tuple[str, ...], suffixes: tuple[str, ...]) -> Path | None:
     """The file that the first pattern with any match names.
 
     Raises:
         DataError: several match.
     """
     for pattern in patterns:
-        found = sorted(p for p in data_dir.glob(pattern) if p.suffix.lower() in READERS)
+        found = sorted(p for p in data_dir.glob(pattern) if p.suffix.lower() in suffixes)
         if len(found) > 1:
             raise DataError(
                 f"{data_dir} has {' and '.join(p.name for p in found[:2])} for {pattern}: which "

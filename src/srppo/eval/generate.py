@@ -110,15 +110,14 @@ class Engine(TemplateLM):
         """Greedy responses, each up to the first stop string."""
         texts = [request.args[0] for request in requests]
         settings = normalize_gen_kwargs(requests[0].args[1])
-        until = handle_stop_sequences(
-            settings["until"], eos=self.tokenizer.decode([self.eot_token_id])
-        )
+        eos = self.tokenizer.decode([self.eot_token_id])
+        until = handle_stop_sequences(list(settings["until"]), eos)
         prompts = [self.reader.encode(text) for text in texts]
         most = room(settings["max_gen_toks"], max(map(len, prompts)), self.context)
         kept = None if self.context is None else self.context - most
         self.settings = {
             "decoding": "greedy",
-            "until": until,
+            "until": settings["until"],
             "max_tokens": most,
             "max_tokens_wanted": settings["max_gen_toks"],
         }

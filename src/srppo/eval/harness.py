@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -58,12 +57,7 @@ def evaluate(
     for check in plan.checks:
         if check.state == "note":
             reporter.line(f"note: {check.what}: {check.says}")
-    found = []
-    for subject in plan.subjects:
-        found.append(_evaluate(subject, plan, settings, out, reporter, judge))
-        gc.collect()
-        torch.cuda.empty_cache()
-    return found
+    return [_evaluate(subject, plan, settings, out, reporter, judge) for subject in plan.subjects]
 
 
 def _evaluate(
@@ -75,7 +69,7 @@ def _evaluate(
     judge: Judge | None,
 ) -> ResultDir:
     record = settings.record()
-    results = ResultDir.begin(out / subject.name, subject.identity(), record)
+    results = ResultDir.begin(out / subject.name, subject.identity, record)
     load = cache(partial(subject.load, settings.dtype, settings.device))
     job = _Job(subject, plan, settings, results, reporter, load)
     for name in settings.tasks:
@@ -145,7 +139,7 @@ class _Job:
 
 def _benchmark(job: _Job, task: Task) -> None:
     benchmark, chat = task.benchmark, job.subject.chat
-    requests = len(task.questions.docs) * (len(LETTERS) if benchmark.secret else 1)
+    requests = len(task.questions.docs) * (len(LETTERS) if benchmark.by_likelihood else 1)
     engine, found = job.ask(benchmark.name, requests, lambda engine: task.run(engine, chat))
     scores = task.scores(found)
     logged = found.pop("samples")[benchmark.task]
@@ -158,13 +152,14 @@ def _benchmark(job: _Job, task: Task) -> None:
         **task.facts(),
         settings={**task.settings(), **engine.settings},
     )
-    if benchmark.secret:
+    if benchmark.by_likelihood:
         per_question = [
             engine.answers[i : i + len(LETTERS)] for i in range(0, requests, len(LETTERS))
         ]
         entry["truncated_prompts"] = sum(
             any(a["truncated_prompt"] for a in answers) for answers in per_question
         )
+    if benchmark.secret:
         samples = _without_texts(task, logged, scores)
     else:
         samples = samples_of(task.prompts, engine.answers, scores)

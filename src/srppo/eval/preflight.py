@@ -142,7 +142,7 @@ def prepare(
         _check_prompts(plan, subject, settings)
         if out is not None:
             path = out / subject.name
-            free = partial(require_free, path, subject.identity(), settings.record(), go_on=go_on)
+            free = partial(require_free, path, subject.identity, settings.record(), go_on=go_on)
             plan.tried(f"{subject.name}: output", free, lambda _, path=path: str(path))  # type: ignore[misc]
     return plan
 
@@ -219,7 +219,7 @@ def _prepare_task(plan: Plan, benchmark: Benchmark, settings: Settings, shots: b
 
 def _prepare_alpaca(plan: Plan, settings: Settings, judge: Judge | None) -> None:
     from srppo.eval.annotate import problems
-    from srppo.eval.references import load_references
+    from srppo.eval.references import gamed_file, load_references
 
     offline = constants.HF_HUB_OFFLINE
     found = problems(settings.data_dir, offline, judge)
@@ -235,6 +235,11 @@ def _prepare_alpaca(plan: Plan, settings: Settings, judge: Judge | None) -> None
             Check("alpaca_eval", "ok", f"{len(references)} instructions; the judge answers")
         )
         plan.references = references.first(settings.limit)
+        try:
+            gamed_file(settings.data_dir, offline)
+        except DataError as e:
+            text = f"no length-controlled win rate: {e}"
+            plan.checks.append(Check("alpaca_eval: length control", "note", text))
 
 
 def _describe(subjects: Sequence[Subject]) -> str:

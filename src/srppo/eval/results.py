@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
@@ -94,7 +95,15 @@ def require_free(path: Path, model: Row, config: Row, *, go_on: bool) -> None:
     """Raises RunDirError where results would be mixed with something else."""
     if path.exists() and not path.is_dir():
         raise RunDirError(f"{path} is a file: results cannot be written there. Give another --out.")
-    if not path.exists() or not any(path.iterdir()):
+    if not path.exists():
+        above = next(folder for folder in path.absolute().parents if folder.exists())
+        if not above.is_dir() or not os.access(above, os.W_OK):
+            raise RunDirError(
+                f"{path} cannot be made, for {above} is not a directory that you may write to: "
+                "results would be lost. Give another --out."
+            )
+        return
+    if not any(path.iterdir()):
         return
     if not (path / "results.json").is_file():
         raise RunDirError(

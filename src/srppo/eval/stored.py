@@ -178,7 +178,7 @@ def evaluate_stored(
     path = Path(file if equals and "/" not in name else responses)
     name = name if equals and "/" not in name else path.stem
     model = {"name": name, "path": None, "sha256": None, "responses": str(path)}
-    if task != "alpaca_eval" and (task not in BENCHMARKS or BENCHMARKS[task].secret):
+    if task != "alpaca_eval" and (task not in BENCHMARKS or BENCHMARKS[task].by_likelihood):
         raise ConfigError(
             f"--task {task}: stored responses cannot be scored on it, for it is decided by "
             "likelihoods. Give ifeval, gsm8k or alpaca_eval."

@@ -6,6 +6,7 @@ import hashlib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from huggingface_hub import try_to_load_from_cache
@@ -25,6 +26,9 @@ from srppo.models.load import (
 )
 from srppo.models.roles import Role
 from srppo.train.checkpoint import model_in
+
+PLAIN = "base-plain"
+"""What the base model is called where it is asked without its template."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +73,7 @@ class Subject:
         asked = Subject(name, source, path, tokenizer, chat, context)
         if name != "base" or not chat:
             return [asked]
-        return [asked, Subject("base-plain", source, path, tokenizer, False, context)]
+        return [asked, Subject(PLAIN, source, path, tokenizer, False, context)]
 
     @property
     def template(self) -> str:
@@ -85,6 +89,7 @@ class Subject:
         """Its weights, frozen."""
         return Role(load_model(self.path, dtype, device)).freeze()
 
+    @cached_property
     def identity(self) -> Row:
         """What results.json says of it; the hash is of the weights, of an adapter alone."""
         model: Row = {"name": self.name, "path": self.source, "sha256": None, "responses": None}
@@ -107,16 +112,22 @@ def names_of(models: Sequence[str]) -> list[tuple[str, str]]:
             source = model
             name = Path(model).expanduser().resolve().name.removeprefix("srppo:")
         named.append((name, source))
+    names = [name for name, _ in named]
+    if {"base", PLAIN} <= set(names):
+        raise ConfigError(
+            f"{PLAIN!r} is what base is called where it is asked without its template: the two "
+            "would overwrite each other. Call that model otherwise."
+        )
     for i, (name, source) in enumerate(named):
         if not re.fullmatch(r"\w[\w.@+-]*", name):
             raise ConfigError(
                 f"{name!r} is no name for {source!r}: results could not lie in OUT/NAME. Use "
                 "letters, digits, and . _ @ + - after the first."
             )
-        if name in [other for other, _ in named[:i]]:
+        if name in names[:i]:
             raise ConfigError(
                 f"two models are called {name!r}: the second would overwrite the first. Name them: "
-                f"first={named[0][1]} second={source}."
+                f"first={named[names.index(name)][1]} second={source}."
             )
     return named
 

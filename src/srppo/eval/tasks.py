@@ -9,13 +9,14 @@ import logging
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import lm_eval.api.task
 import lm_eval.tasks
+import lm_eval.utils
 import numpy as np
 import torch
 from lm_eval.api.model import LM
@@ -70,7 +71,8 @@ class Task:
     @property
     def prompts(self) -> list[str]:
         """The questions as the task words them, without examples and template."""
-        return [self.lm_eval.doc_to_text(doc) for doc in self.questions.docs]
+        with quiet():
+            return [self.lm_eval.doc_to_text(doc) for doc in self.questions.docs]
 
     def facts(self) -> Row:
         """Version and hashes, as results.json has them."""
@@ -184,6 +186,10 @@ def _number(value: Any) -> float | list[float]:
     return [float(v) for v in value] if isinstance(value, list) else float(value)
 
 
+_compiled = cache(lm_eval.utils.env.from_string)
+"""A Jinja template. lm-eval compiles its own anew for every question and example."""
+
+
 @contextmanager
 def quiet() -> Iterator[None]:
     """No bars and no messages of lm-eval, some of which hold a question's text."""
@@ -191,7 +197,10 @@ def quiet() -> Iterator[None]:
     level = logger.level
     logger.setLevel(logging.CRITICAL + 1)
     try:
-        with mock.patch.object(lm_eval.api.task, "tqdm", partial(tqdm, disable=True)):
+        with (
+            mock.patch.object(lm_eval.api.task, "tqdm", partial(tqdm, disable=True)),
+            mock.patch.object(lm_eval.utils.env, "from_string", _compiled),
+        ):
             yield
     finally:
         logger.setLevel(level)
