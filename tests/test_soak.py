@@ -6,7 +6,7 @@ import pytest
 
 from runs import python
 
-SHARES = {"kills": 0.06, "faults": 0.03, "damage": 0.25, "recipes": 0.05, "data": 0.05}
+SHARES = {"kills": 0.04, "faults": 0.015, "damage": 0.25, "recipes": 0.05, "data": 0.05}
 
 
 @pytest.mark.slow
