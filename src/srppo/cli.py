@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from srppo.cli_serve import serve_reward
 from srppo.errors import ConfigError, SrppoError
 
 if TYPE_CHECKING:
@@ -204,6 +205,8 @@ def push(
 
     typer.echo(f"Pushed: {push(directory, repository, private=private)}")
 
+
+app.command("serve-reward")(serve_reward)
 
 data = typer.Typer(no_args_is_help=True, help="Look at data before anything is trained.")
 app.add_typer(data, name="data")

@@ -6,6 +6,7 @@
     ├── ModelError         model directories, tokenizers, vocabularies               (ValueError)
     ├── RunDirError        run directories: occupied, not writable, disk full        (OSError)
     ├── PublishError       models that cannot be written out or pushed to the hub        (OSError)
+    ├── ServeError         scoring servers that cannot start, or cannot be reached   (OSError)
     └── ShapeError         tensors whose shapes do not fit together                  (ValueError)
 
 A message names the value, the consequence and the cure. The command line prints it and exits
@@ -35,6 +36,10 @@ class RunDirError(SrppoError, OSError):
 
 class PublishError(SrppoError, OSError):
     """A model that cannot be written to another place, or that the hub does not take."""
+
+
+class ServeError(SrppoError, OSError):
+    """A scoring server that cannot be started, be reached, or do what it was asked."""
 
 
 class ShapeError(SrppoError, ValueError):
