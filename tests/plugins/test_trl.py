@@ -37,18 +37,13 @@ def problem():
     return base, fine_tuned(base, seed=0)
 
 
-def copy_of(model):
-    twin = type(model)(model.config)
-    twin.load_state_dict(model.state_dict())
-    return twin
-
-
 def trainer(
     folder: Path, model, reward, kind: str = "rloo", prompts=None, callbacks=None,
     template: str | None = None, **settings,
 ):  # fmt: skip
     """TRL's, on the CPU, saying and saving nothing."""
     made, config = TRAINERS[kind]
+    model.save_pretrained(folder / "sft")  # TRL loads the reference from where the policy is from
     prompts = prompts or [" ".join(map(str, prompt)) for prompt in PROMPTS]
     usual = {
         "output_dir": str(folder),
@@ -69,7 +64,7 @@ def trainer(
     if kind == "grpo":
         usual["scale_rewards"] = "none"
     return made(
-        model=model,
+        model=str(folder / "sft"),
         reward_funcs=reward,
         callbacks=[reward] if callbacks is None else callbacks,
         args=config(**usual | settings),
@@ -116,7 +111,7 @@ def test_trl_scores_what_it_sampled_eos_included(kind, problem, tmp_path):
             seen.extend(zip(prompts, completion_ids, rewards, strict=True))
             return rewards
 
-    made = trainer(tmp_path, copy_of(sft), Reward(scorer), kind)
+    made = trainer(tmp_path, sft, Reward(scorer), kind)
     made.train()
     assert len(seen) == 16
     for prompt, completion, reward in seen:
@@ -133,7 +128,7 @@ def test_a_server_is_as_good_as_models_in_the_process(problem, tmp_path):
     scorer = CoherentScorer(base, sft, tokenizer())
     with serving(scorer, token="secret") as client:
         remote = Remembering(RewardClient(str(client.base_url).rstrip("/"), "secret"))
-        trainer(tmp_path, copy_of(sft), CoherentReward(remote)).train()
+        trainer(tmp_path, sft, CoherentReward(remote)).train()
     assert len(remote.asked) == 16
     here = CoherentScorer(base, sft, tokenizer()).score(*columns(remote.asked))
     for there, local in zip(remote.said, here, strict=True):
@@ -164,13 +159,13 @@ def test_settings_that_lead_elsewhere_are_refused(kind, settings, told, problem,
     base, sft = problem
     reward = CoherentReward(CoherentScorer(base, sft, tokenizer()))
     with pytest.raises(ConfigError, match=told):
-        trainer(tmp_path, copy_of(sft), reward, kind, **settings)
+        trainer(tmp_path, sft, reward, kind, **settings)
 
 
 def test_a_reward_that_is_no_callback_is_refused(problem, tmp_path):
     base, sft = problem
     reward = CoherentReward(CoherentScorer(base, sft, tokenizer()))
-    made = trainer(tmp_path, copy_of(sft), reward, callbacks=[])
+    made = trainer(tmp_path, sft, reward, callbacks=[])
     with pytest.raises(ConfigError, match=r"callbacks=\[reward\]"):
         made.train()
 
@@ -184,7 +179,7 @@ def test_conversations_are_rendered_as_trl_does(shout, problem, tmp_path):
     scorer = Remembering(CoherentScorer(base, sft, tokenizer()))
     prompts = [[{"role": "user", "content": f"{i} 3"}] for i in range(1, 5)]
     made = trainer(
-        tmp_path, copy_of(sft), CoherentReward(scorer), prompts=prompts,
+        tmp_path, sft, CoherentReward(scorer), prompts=prompts,
         chat_template_kwargs={"shout": shout}, template=CHAT,
     )  # fmt: skip
     made.train()
@@ -196,7 +191,7 @@ def test_conversations_are_rendered_as_trl_does(shout, problem, tmp_path):
 def test_prompts_that_are_not_what_the_policy_read_are_refused(problem, tmp_path, monkeypatch):
     """As tools and documents in a template would make it."""
     base, sft = problem
-    made = trainer(tmp_path, copy_of(sft), CoherentReward(CoherentScorer(base, sft, tokenizer())))
+    made = trainer(tmp_path, sft, CoherentReward(CoherentScorer(base, sft, tokenizer())))
     own = made._tokenize_prompts
 
     def longer(prompts):
@@ -210,7 +205,7 @@ def test_prompts_that_are_not_what_the_policy_read_are_refused(problem, tmp_path
 
 def test_completions_without_their_end_are_refused(problem, tmp_path, monkeypatch):
     base, sft = problem
-    made = trainer(tmp_path, copy_of(sft), CoherentReward(CoherentScorer(base, sft, tokenizer())))
+    made = trainer(tmp_path, sft, CoherentReward(CoherentScorer(base, sft, tokenizer())))
     own = made._generate_single_turn
     monkeypatch.setattr(
         made,
@@ -229,10 +224,9 @@ def test_completions_without_their_end_are_refused(problem, tmp_path, monkeypatc
 def test_trl_reaches_the_enumerated_optimum(kl_coef, problem, tmp_path, capsys):
     """As `test_learns.py` asks of our own RLOO: 100 steps of 512 rollouts, four passes each."""
     base, sft = problem
-    policy = copy_of(sft)
     reward = CoherentReward(CoherentScorer(base, sft, tokenizer()))
-    trainer(
-        tmp_path, policy, reward,
+    made = trainer(
+        tmp_path, sft, reward,
         prompts=[str(p) for (p,) in PROMPTS] * 16,
         beta=kl_coef,
         per_device_train_batch_size=256,
@@ -244,8 +238,9 @@ def test_trl_reaches_the_enumerated_optimum(kl_coef, problem, tmp_path, capsys):
         lr_scheduler_type="cosine",
         normalize_advantages=True,
         logging_steps=100,
-    ).train()  # fmt: skip
-    found = exact(policy.eval(), sft, base, kl_coef)
+    )  # fmt: skip
+    made.train()
+    found = exact(made.model.eval(), sft, base, kl_coef)
     with capsys.disabled():
         print(
             f"\nTRL RLOO kl_coef={kl_coef}: gap closed {found.gap_closed:.4f}, KL(policy||optimum) "

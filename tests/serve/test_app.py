@@ -261,7 +261,7 @@ def test_a_client_that_goes_is_forgotten_and_the_queue_goes_on(held):
     assert held.batches == [1, 1]  # not the one that went
 
 
-def test_an_error_of_our_own_is_told_without_its_details(held, capfd):
+def test_an_error_of_our_own_is_told_without_its_details(held, caplog):
     def broken(prompts, responses):
         raise RuntimeError("a path of the server")
 
@@ -271,4 +271,4 @@ def test_an_error_of_our_own_is_told_without_its_details(held, capfd):
         assert answer.status_code == 500
         assert "a path of the server" not in told(answer)
         assert client.get("/health").status_code == 200
-    assert "a path of the server" in capfd.readouterr().err
+    assert "a path of the server" in caplog.text

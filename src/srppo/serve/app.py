@@ -123,6 +123,14 @@ def create_app(
         """For Prometheus, in its text format."""
         return exposition(service.batcher, guard.answers)
 
+    def description() -> dict[str, Any]:
+        """With what only the models know of token ids."""
+        found = FastAPI.openapi(app)
+        for ids in found["components"]["schemas"]["IdSequence"]["properties"].values():
+            ids["items"]["maximum"] = scorer.vocab_size - 1
+        return found
+
+    app.openapi = description  # type: ignore[method-assign]
     return guard
 
 

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 Role = Literal["system", "user", "assistant"]
 
@@ -13,11 +13,21 @@ class Strict(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid")
 
 
+def _integers(ids: Any) -> Any:
+    """1.0 is an integer in JSON."""
+    if not isinstance(ids, list):
+        return ids
+    return [int(i) if isinstance(i, float) and i.is_integer() else i for i in ids]
+
+
+TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], BeforeValidator(_integers)]
+
+
 class IdSequence(Strict):
     """A prompt and its response as token ids, without padding."""
 
-    prompt_ids: list[Annotated[int, Field(ge=0)]] = Field(min_length=1)
-    response_ids: list[Annotated[int, Field(ge=0)]] = Field(min_length=1)
+    prompt_ids: TokenIds = Field(min_length=1)
+    response_ids: TokenIds = Field(min_length=1)
     """With the EOS token where the response ended by itself."""
 
 

@@ -70,6 +70,7 @@ def make_server(
             create_app(scorer, base, sft, limits, token),
             http=patient(limits.patience),
             ws="none",
+            proxy_headers=False,
             log_level="warning",
             access_log=False,
             limit_concurrency=CONNECTIONS,

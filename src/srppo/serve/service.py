@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 from starlette.requests import Request
 
+from srppo.errors import SrppoError
 from srppo.serve.batcher import Batcher, Ids
 from srppo.serve.guard import RefusedError
 from srppo.serve.limits import Limits
 from srppo.serve.messages import Chat, Plain, Score
 from srppo.serve.scorer import CoherentScorer
 
+log = logging.getLogger(__name__)
 Sequence = tuple[Ids, Ids]
 """Prompt and response."""
 Text = TypeVar("Text")
@@ -68,6 +71,13 @@ class Service:
             if scored.done():
                 return [Score(log_ratios=s, reward=sum(s)) for s in scored.result()]
             left = gone.done()
+        except SrppoError:
+            raise
+        except Exception as e:  # out of memory, for instance; the thread goes on
+            log.exception("scoring failed")
+            raise RefusedError(
+                500, "scoring failed: nothing was scored. The server's output says why."
+            ) from e
         finally:
             gone.cancel()
             scored.cancel()
