@@ -92,7 +92,7 @@ def test_report_and_summary(finished):
     table = re.findall(r"^\| `srppo (\w+)", README, re.MULTILINE)
     assert table == [
         *("run", "run", "sweep", "sft", "audit", "ppo", "data", "report", "summary"),
-        *("chat", "export", "push"),
+        *("chat", "export", "push", "serve"),
     ]
 
 

@@ -207,9 +207,8 @@ def test_the_recipe_passes_its_own_checks(verl, engine, url):
 # --- the wheel alone -----------------------------------------------------------------------------
 
 
-def test_what_the_plugin_looks_at_is_as_in_the_wheel(verl, engine):
-    if engine == "stand-in":
-        pytest.skip("it is what is compared with the wheel")
+def test_what_the_plugin_looks_at_is_as_in_the_wheel(monkeypatch):
+    use_wheels(monkeypatch, "verl")
 
     def compare(ours, theirs, place=""):
         for key, value in ours.items():
