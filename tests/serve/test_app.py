@@ -7,9 +7,12 @@ import socket
 import threading
 
 import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
-from serving import expected, pairs, request, scorer, serving
+from serving import BASE, SFT, TEMPLATE, expected, pairs, request, scorer, serving
 from srppo.serve.limits import Limits
+from srppo.serve.scorer import CoherentScorer
 
 TOKEN = "a secret"
 
@@ -48,6 +51,37 @@ def test_text_in_a_template_or_plain(client):
     for (prompt, response), score in zip(ids, answer.json()["scores"], strict=True):
         assert (score["prompt_ids"], score["response_ids"]) == (prompt, response)
         assert score["log_ratios"] == pytest.approx(expected(prompt, response), abs=1e-5)
+
+
+def test_texts_at_once_do_not_change_each_others_tokens():
+    """A tokenizer reads "<eos>" as text or as EOS by a switch of its own, which all calls share."""
+    words = Tokenizer(models.WordLevel({"<unk>": 0, "a": 1, "b": 2}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=words, eos_token="<eos>", unk_token="<unk>"
+    )
+    tokenizer.chat_template = TEMPLATE
+    chat = {"messages": [{"role": "user", "content": "a <eos>"}], "response": "b"}
+    plain = {"prompt": "a <eos>", "response": " b"}
+    ids: dict[str, set[object]] = {"chat": set(), "plain": set()}
+
+    def ask(kind: str, text: dict[str, object]) -> None:
+        for _ in range(10):
+            body = {"sequences": [text] * 20}
+            answer = client.post("/v1/score_text", json=body)
+            if answer.status_code == 200:
+                ids[kind] |= {tuple(score["prompt_ids"]) for score in answer.json()["scores"]}
+            else:
+                ids[kind].add(told(answer))
+
+    with serving(CoherentScorer(BASE, SFT, tokenizer)) as client:
+        both = (("chat", chat), ("plain", plain)) * 4
+        threads = [threading.Thread(target=ask, args=pair) for pair in both]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert ids == {"chat": {(1, 0)}, "plain": {(1, 3)}}
 
 
 def test_openrlhf(client):
@@ -272,3 +306,16 @@ def test_an_error_of_our_own_is_told_without_its_details(held, caplog):
         assert "a path of the server" not in told(answer)
         assert client.get("/health").status_code == 200
     assert "a path of the server" in caplog.text
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_scoring_thread_that_has_ended_is_told(held):
+    def ends(prompts, responses):
+        raise SystemExit
+
+    held.score = ends
+    with serving(held, Limits(seconds=0.2)) as client:
+        assert client.post("/v1/score", json=request([([1], [2])])).status_code == 504
+        answer = client.get("/health")
+        assert answer.status_code == 503
+        assert "Start it anew" in told(answer)

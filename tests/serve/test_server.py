@@ -161,6 +161,13 @@ def test_an_address_that_is_taken_is_told():
             listen("127.0.0.1", port)
 
 
+def test_without_the_extra_it_says_what_to_install(monkeypatch):
+    monkeypatch.setattr("srppo.serve.server.find_spec", lambda name: None)
+    done = srppo_command("serve-reward", "--base", "/no", "--sft", "/no")
+    assert done.code == 2
+    assert "pip install 'srppo[serve]'" in done.err
+
+
 def test_the_command_line_tells_before_anything_is_loaded():
     done = srppo_command("serve-reward", "--base", "/no", "--sft", "/no", "--host", "0.0.0.0")
     assert done.code == 2

@@ -121,11 +121,13 @@ def check_settings(args: Any) -> None:
     sampling = {name: getattr(args, name) for name in ("temperature", "top_p", "top_k", "min_p")}
     sampling["repetition_penalty"] = args.repetition_penalty
     require_whole_distribution(sampling | (args.generation_kwargs or {}))
-    require_kl("beta", args.beta, default=0.05)
+    grpo = hasattr(args, "scale_rewards")
+    require_kl("beta", args.beta, default=None if grpo else 0.05)
     require_no_clip(
         "reward_clip_range", getattr(args, "reward_clip_range", None), "Leave it at None."
     )
-    require_unscaled("scale_rewards", getattr(args, "scale_rewards", "none"), "none")
+    if grpo:
+        require_unscaled("scale_rewards", args.scale_rewards, "none")
     if args.sync_ref_model:
         raise ConfigError(
             "sync_ref_model=True: the reference would follow the policy, and nothing hold the "

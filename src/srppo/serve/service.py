@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 from starlette.requests import Request
@@ -28,13 +29,16 @@ class Service:
     def __init__(self, scorer: CoherentScorer, limits: Limits) -> None:
         self.scorer = scorer
         self.limits = limits
+        self._tokenizing = ThreadPoolExecutor(1, "tokenizing")
         self.batcher = Batcher(scorer.score, limits.batch_tokens, limits.queue_tokens)
 
     async def tokenized(
         self, encode: Callable[[Text], Sequence], texts: list[Text]
     ) -> list[Sequence]:
-        """`encode` of each, in a thread: long texts take their time."""
-        return await asyncio.to_thread(lambda: [encode(text) for text in texts])
+        """`encode` of each, one request at a time: a tokenizer's state is shared by all calls."""
+        return await asyncio.get_running_loop().run_in_executor(
+            self._tokenizing, lambda: [encode(text) for text in texts]
+        )
 
     def encode(self, text: Chat | Plain) -> Sequence:
         """Ids as training makes them, or of the text as it stands."""
