@@ -4,7 +4,7 @@ BIN := .venv/bin
 SEEDS ?= 0 1 2 3 4
 export GOMP_SPINCOUNT ?= 10000
 
-.PHONY: install demo table test slow soak lint check docs bench bench-all bench-quick bench-scaling clean
+.PHONY: install demo table test slow soak lint check docs bench bench-all bench-quick bench-scaling engines clean
 
 install: .venv/installed
 
@@ -82,5 +82,12 @@ bench-scaling: install
 	.bench/bin/pip install --quiet --disable-pip-version-check -c $< trl
 	touch $@
 
+# OpenRLHF and verl as far as their reward code goes: tests/plugins then runs against them too.
+engines: .engines/installed
+
+.engines/installed: tests/engines.txt | install
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target .engines -r $<
+	touch $@
+
 clean:
-	rm -rf .venv .bench runs site .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf .venv .bench .engines runs site .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

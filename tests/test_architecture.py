@@ -202,7 +202,14 @@ SECTIONS = {
     for name, field in config.Recipe.model_fields.items()
     if isinstance(field.annotation, type) and issubclass(field.annotation, config.Section)
 }
-DOCUMENTS = ["README.md", "CONTRIBUTING.md", "docs/math.md", "docs/metrics.md", "docs/data.md"]
+DOCUMENTS = [
+    "README.md",
+    "CONTRIBUTING.md",
+    "docs/math.md",
+    "docs/metrics.md",
+    "docs/data.md",
+    "docs/plugins.md",
+]
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)

@@ -10,6 +10,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+from srppo.models.load import load_model, load_tokenizer
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -68,3 +71,26 @@ def test_the_api_example_runs_every_stage_wherever_it_is_called(tmp_path, monkey
     printed = capsys.readouterr().out
     assert str(out / "policy") in printed
     assert all(row["group"] in printed for row in rows)
+
+
+def test_trl_trains_with_the_coherent_reward(tmp_path, capsys):
+    """Two steps, from a model a little away from the packaged one."""
+    sft = load_model("srppo:miniature")
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for weight in sft.parameters():
+            weight += 0.02 * torch.randn_like(weight)
+    sft.save_pretrained(tmp_path / "sft")
+    load_tokenizer("srppo:miniature").save_pretrained(tmp_path / "sft")
+    main = runpy.run_path(str(EXAMPLES / "trl_rloo.py"))["main"]
+    policy = main(
+        "srppo:miniature", str(tmp_path / "sft"), str(tmp_path / "out"),
+        per_device_train_batch_size=16, max_steps=2, logging_steps=1, disable_tqdm=True,
+    )  # fmt: skip
+
+    assert "rewards/coherent/mean" in capsys.readouterr().out
+    trained, start = load_model(str(policy)), load_model(str(tmp_path / "sft"))
+    moved = [
+        not torch.equal(a, b) for a, b in zip(trained.parameters(), start.parameters(), strict=True)
+    ]
+    assert any(moved)

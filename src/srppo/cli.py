@@ -12,6 +12,7 @@ import typer
 
 from srppo import cli_eval, signals
 from srppo.cli_compare import compare as compare_models
+from srppo.cli_serve import serve_reward
 from srppo.errors import ConfigError, SrppoError
 
 if TYPE_CHECKING:
@@ -241,6 +242,7 @@ app.add_typer(
     name="eval",
     help="Measure models on IFEval, GSM8K, GPQA and AlpacaEval, or score stored responses.",
 )
+app.command("serve-reward")(serve_reward)
 
 data = typer.Typer(no_args_is_help=True, help="Look at data before anything is trained.")
 app.add_typer(data, name="data")

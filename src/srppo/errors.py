@@ -8,6 +8,7 @@
     ├── RunDirError        run directories: occupied, not writable, disk full        (OSError)
     ├── PublishError       models that cannot be written out or pushed to the hub        (OSError)
     ├── JudgeError         a judge that cannot be asked                              (OSError)
+    ├── ServeError         scoring servers that cannot start, or cannot be reached   (OSError)
     └── ShapeError         tensors whose shapes do not fit together                  (ValueError)
 
 A message names the value, the consequence and the cure. The command line prints it and exits
@@ -45,6 +46,10 @@ class PublishError(SrppoError, OSError):
 
 class JudgeError(SrppoError, OSError):
     """A judge that refuses to be asked, or that is not there."""
+
+
+class ServeError(SrppoError, OSError):
+    """A scoring server that cannot be started, be reached, or do what it was asked."""
 
 
 class ShapeError(SrppoError, ValueError):

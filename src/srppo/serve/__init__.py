@@ -1,0 +1,1 @@
+"""The coherent reward over HTTP."""
