@@ -33,11 +33,14 @@ runs/table/seed-%/report.html: runs/table/base-%/manifest.json | install
 
 .PRECIOUS: runs/table/base-%/manifest.json
 
+# A file to a process, as many processes as cores, one thread each.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
+
 test: install
-	$(BIN)/python -m pytest -m 'not slow'
+	$(PYTEST) -m 'not slow'
 
 slow: install
-	$(BIN)/python -m pytest -m slow
+	$(PYTEST) -m slow
 
 # A hundred kills, a failing disk at every write, damaged checkpoints, garbage: hours on two cores.
 soak: install
