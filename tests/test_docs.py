@@ -14,7 +14,12 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PAGES = sorted((ROOT / "docs").glob("*.md"))
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.DOTALL | re.MULTILINE)
-ELSEWHERE = {"compare.md": "tests/report/test_comparison.py"}
+ELSEWHERE = {
+    "compare.md": "tests/report/test_comparison.py",
+    "evaluation.md": "tests/eval/test_documents.py",
+    "alpaca.md": "tests/eval/test_documents.py",
+    "plugins.md": "tests/plugins/test_trl.py",
+}
 """Pages whose commands another test runs."""
 SMALL = (
     "controls=null data.demonstrations_limit=24 data.held_out=4 data.prompts_limit=16 "

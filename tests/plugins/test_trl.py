@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -250,3 +251,16 @@ def test_trl_reaches_the_enumerated_optimum(kl_coef, problem, tmp_path, capsys):
     assert found.j_policy <= found.j_star + 1e-4
     assert found.gap_closed >= 0.99
     assert found.kl_to_optimum <= 0.03
+
+
+def test_the_code_of_the_document(tmp_path, problem, monkeypatch):
+    """docs/plugins.md, with models and prompts of this file."""
+    page = (Path(__file__).parents[2] / "docs" / "plugins.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"^```python\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
+    for name, model in zip(("my-base", "my-sft"), problem, strict=True):
+        model.save_pretrained(tmp_path / name)
+        tokenizer().save_pretrained(tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    names = {"prompts": Dataset.from_dict({"prompt": ["1 2", "3"] * 8})}
+    exec(code.replace("RLOOConfig(", "RLOOConfig(use_cpu=True, bf16=False, "), names)
+    assert names["trainer"].reward_funcs == [names["reward"]]
