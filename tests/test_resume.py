@@ -11,8 +11,10 @@ import os
 import re
 import signal
 from pathlib import Path
+from pkgutil import resolve_name
 
 import pytest
+import torch
 
 from runs import srppo_command, timeless, write_recipe
 from sittings import LORA, SETTINGS, at_call, differences, only_what_is_compared, result_of
@@ -279,3 +281,26 @@ def test_a_change_that_the_checkpoint_does_not_fit_is_refused(recipe, monkeypatc
     assert done.code == 2
     assert "does not fit" in done.err
     assert "Traceback" not in done.err
+
+
+# --- memory ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_memory_that_runs_out_while_measuring_changes_no_number(
+    recipe, tmp_path, finished, monkeypatch
+):
+    """In the audit, in the curve and in the last evaluation; what is measured fits into less."""
+    for module in ("srppo.train.audit", "srppo.eval.evaluate"):
+        real = resolve_name(f"{module}.score")
+
+        def limited(model, sequences, max_tokens, real=real):
+            if max_tokens > 5000:
+                raise torch.OutOfMemoryError("CUDA out of memory.")
+            return real(model, sequences, max_tokens)
+
+        monkeypatch.setattr(f"{module}.score", limited)
+    done = srppo_command("run", recipe)
+    assert done.code == 0, done.err
+    assert done.err.count("memory ran out (CUDA out of memory.)") == 2  # 16384, 8192, 4096
+    require_same(tmp_path / "run", finished)

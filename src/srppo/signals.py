@@ -18,6 +18,7 @@ class Interrupted(BaseException):
 
     def __init__(self, number: int) -> None:
         super().__init__(signal.Signals(number).name)
+        self.number = number
         self.exit_code = 128 + number
         """130 for SIGINT, 143 for SIGTERM, as shells have it."""
 

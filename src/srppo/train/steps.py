@@ -155,7 +155,7 @@ class Steps:
             return
         if self.done > self._saved and not self._updating:
             self._save()
-        if interrupted:
+        if interrupted and self._saved:
             self.keeper.reporter.line(
                 f"kept at step {self._saved}: the same command goes on from there"
             )
