@@ -6,6 +6,7 @@ demonstrations -> sft -> audit -> ppo -> controls -> evaluate -> report
 from __future__ import annotations
 
 import gc
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,9 +17,12 @@ from typing import Any
 import transformers
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
+from srppo.baselines.pairs import train_pairs
+from srppo.baselines.weights import extrapolate_weights
 from srppo.config import PPOConfig, Recipe, SFTConfig
+from srppo.config_controls import ControlConfig
 from srppo.data.chat import apply_template, closing
-from srppo.data.describe import describe_all, describe_overlap
+from srppo.data.describe import describe_all, describe_used
 from srppo.data.load import fingerprint, read_data
 from srppo.data.prompts import Prompt
 from srppo.errors import ConfigError, RunDirError
@@ -35,12 +39,13 @@ from srppo.models.load import (
 from srppo.models.memory import activation_checkpointing
 from srppo.models.roles import Role, Roles
 from srppo.models.start import start_frozen, start_sft
+from srppo.models.value_head import ValueHead
 from srppo.progress import Reporter
 from srppo.provenance import now, provenance
 from srppo.report import build
 from srppo.report.card import write_cards
 from srppo.rollout.hf import HFSampler
-from srppo.train.audit import audit
+from srppo.train.audit import audit, describe_audit
 from srppo.train.checkpoint import RunDir
 from srppo.train.metrics import MetricsLog
 from srppo.train.ppo import train_ppo
@@ -71,7 +76,7 @@ class Run:
         self._check_same_data()
         self.dir.write_json("data.json", self.data.reports)
         self.dir.write_text("data.txt", describe_all(self.data.reports))
-        self._say_data()
+        self.reporter.line(describe_used(self.data, closing(self.tokenizer)))
 
     # --- the stages -----------------------------------------------------------------------------
 
@@ -103,7 +108,7 @@ class Run:
                     reporter=self.reporter,
                 )
                 self.dir.write_json("audit.json", found)
-                self._say_audit(found)
+                self.reporter.line(describe_audit(found))
         findings: dict[str, Any] = self.dir.read_json("audit.json")
         return findings
 
@@ -121,14 +126,18 @@ class Run:
         for name, control in self.recipe.controls.items():
             if control.extrapolate is not None:
                 continue
-            with self._stage(f"controls/{name}") as todo:
+            base = self._halfway() if control.against == "halfway" else self.base
+            place = f"controls/{name}"
+            with self._stage(place) as todo:
                 if not todo:
                     continue
                 changed = self.recipe.with_control(control)
                 if control.sft is not None:
-                    self._train_sft(f"controls/{name}", changed.sft)
+                    self._train_sft(place, changed.sft)
+                elif control.ppo is not None:
+                    self._train_ppo(place, place, changed.ppo, None, base)
                 else:
-                    self._train_ppo(f"controls/{name}", f"controls/{name}", changed.ppo, None)
+                    self._train_baseline(place, control)
 
     def evaluate(self) -> dict[str, Any]:
         """Every model there is at every temperature; results.json and samples.jsonl.
@@ -161,7 +170,8 @@ class Run:
 
     # --- how they are done ----------------------------------------------------------------------
 
-    def _train_sft(self, name: str, config: SFTConfig) -> None:
+    def _train_sft(self, name: str, config: SFTConfig, share: float = 1.0) -> None:
+        """On that share of the demonstrations, which are in random order."""
         if not self.data.train:
             raise ConfigError(
                 "data.demonstrations is not set: stage 1 has nothing to train on. Set it."
@@ -171,7 +181,7 @@ class Run:
             train_sft(
                 model,
                 self.tokenizer,
-                self.data.train,
+                self.data.train[: math.ceil(share * len(self.data.train))],
                 config,
                 seed=self.recipe.seed,
                 log=log,
@@ -187,16 +197,10 @@ class Run:
         metrics_name: str,
         config: PPOConfig,
         curve: Callable[[Role], Metrics] | None,
+        base: Role | None = None,
     ) -> None:
-        roles = Roles.begin(self.base, self.pi_sft, critic=config.estimator == "ppo")
-        sampler = HFSampler(
-            roles.policy,
-            eos_token_id=self.tokenizer.eos_token_id,
-            max_new_tokens=self.recipe.data.max_response_tokens,
-            max_tokens_per_batch=config.max_tokens_per_batch,
-            critic=roles.critic,
-            compute=config.compute,
-        )
+        roles = Roles.begin(base or self.base, self.pi_sft, critic=config.estimator == "ppo")
+        sampler = self._sampler_of(roles.policy, config, roles.critic)
         with (
             MetricsLog(self.dir.path, metrics_name) as log,
             roles.policy.active() as model,
@@ -218,6 +222,42 @@ class Run:
             self.reporter.line(f"{name}: {stopped}")
             self.dir.record.setdefault("stopped", {})[name] = stopped
         self.dir.save_model(name, roles.policy, self.tokenizer)
+
+    def _sampler_of(self, policy: Role, config: PPOConfig, critic: ValueHead | None) -> HFSampler:
+        return HFSampler(
+            policy,
+            eos_token_id=self.tokenizer.eos_token_id,
+            max_new_tokens=self.recipe.data.max_response_tokens,
+            max_tokens_per_batch=config.max_tokens_per_batch,
+            critic=critic,
+            compute=config.compute,
+        )
+
+    def _train_baseline(self, name: str, control: ControlConfig) -> None:
+        """What is neither of the stages again."""
+        policy = self.pi_sft.successor()
+        if control.pairs:
+            with MetricsLog(self.dir.path, name) as log:
+                train_pairs(
+                    policy,
+                    self._sampler_of(policy, self.recipe.ppo, None),
+                    self.data.train,
+                    control.pairs,
+                    seed=self.recipe.seed,
+                    log=log,
+                    reporter=self.reporter,
+                    title=name,
+                )
+        elif control.extrapolate_weights:
+            extrapolate_weights(policy, self.base, control.extrapolate_weights)
+        self.dir.save_model(name, policy, self.tokenizer)
+
+    def _halfway(self) -> Role:
+        """Stage 1 on the first half of the demonstrations, frozen."""
+        with self._stage("halfway") as todo:
+            if todo:
+                self._train_sft("halfway", self.recipe.sft, share=0.5)
+        return self.base.sibling(self.dir.path / "halfway")
 
     def _evaluate(self, names: list[str]) -> None:
         if not self.data.eval_prompts:
@@ -358,34 +398,3 @@ class Run:
         started = time.monotonic()
         yield True
         self.dir.mark_done(name, time.monotonic() - started, **facts)
-
-    def _say_data(self) -> None:
-        for role in ("demonstrations", "prompts", "eval"):
-            report = self.data.reports.get(role)
-            if report is None:
-                continue
-            dropped = ", ".join(f"{n} {reason}" for reason, n in report["dropped"].items())
-            self.reporter.line(
-                f"{role}: {report['used']} of {report['rows']} rows of {report['source']}"
-                + (f"; dropped: {dropped}" if dropped else "")
-                + (f"; {report['truncated']} truncated" if report["truncated"] else "")
-            )
-        self.reporter.line(
-            f"stage 1 trains on {len(self.data.train)} demonstrations, {len(self.data.held_out)} "
-            f"are held out; stage 2 has {len(self.data.prompts)} prompts"
-        )
-        self.reporter.line(describe_overlap(self.data.reports["overlap"]).strip())
-        if note := closing(self.tokenizer):
-            self.reporter.line(f"note: {note}")
-
-    def _say_audit(self, findings: dict[str, Any]) -> None:
-        curve, reward = findings["curve"], findings["reward"]
-        means = "  ".join(f"{name} {r['mean']:+.2f}" for name, r in reward.items())
-        self.reporter.line(f"audit: mean reward in nats  {means}")
-        self.reporter.line(
-            f"audit: held-out NLL {curve['nll_sft']:.2f} at SFT, least at lambda="
-            f"{curve['lam_star']:g}; the recipe aims at lambda={curve['lam_recipe']:g}: "
-            f"{curve['nll_recipe']:.2f} nats"
-        )
-        for warning in findings["warnings"]:
-            self.reporter.line(f"audit WARNING: {warning}")
