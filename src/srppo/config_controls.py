@@ -72,6 +72,11 @@ class ControlConfig(Section):
         return self
 
     @property
+    def is_trained(self) -> bool:
+        """Whether anything is."""
+        return self.extrapolate is None and self.extrapolate_weights is None
+
+    @property
     def on_demonstrations(self) -> str | None:
         """The setting by which it trains on demonstrations."""
         trains = {"sft": self.sft, "pairs": self.pairs}

@@ -83,7 +83,7 @@ def test_steps_of_sgd_are_those_of_the_weighted_likelihood(loss, weight, micro, 
     for (name, ours), theirs in zip(trained.named_parameters(), expected.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=1e-4, msg=name)
     moved = [a - b for a, b in zip(expected.parameters(), tiny.model().parameters(), strict=True)]
-    assert max(float(m.detach().abs().max()) for m in moved) > 1e-2
+    assert max(float(m.detach().abs().max()) for m in moved) > 2e-3
 
 
 def test_the_four_losses_are_four(tmp_path):

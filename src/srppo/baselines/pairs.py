@@ -66,10 +66,7 @@ def train_pairs(
                     metrics |= {"round": turn, "grad_norm": float(norm)}
                     log.log(step, {**metrics, "time/seconds": time.monotonic() - started})
                     advance(1)
-            reporter.line(
-                f"{title} round {turn}/{config.rounds}  loss {metrics['loss']:.3f}  "
-                f"told apart {metrics['told_apart']:.0%}"
-            )
+            reporter.line(f"{title} round {turn}/{config.rounds}  loss {metrics['loss']:.3f}")
 
 
 def make_pairs(sampler: Sampler, examples: Sequence[Example], seed: int) -> Sequences:
