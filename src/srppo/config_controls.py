@@ -28,7 +28,9 @@ class PairsConfig(Section):
     micro_batch_size: Positive = 8
     """Pairs per forward pass; memory only."""
     learning_rate: PositiveFloat = 5e-7
-    """AdamW, constant."""
+    """Constant."""
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    """`sgd` has momentum 0.9. docs/baselines.md has what the optimizer does."""
     max_grad_norm: PositiveFloat = 1.0
     """Gradients are scaled down to this norm."""
     scale: PositiveFloat = 0.1

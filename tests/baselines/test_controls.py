@@ -173,6 +173,7 @@ def kl(p, q):
     return float((p.exp() * (p - q)).sum(1).mean())
 
 
+@pytest.mark.slow
 def test_exopd_becomes_extrapolation_at_decoding_time(tmp_path):
     """gamma 0 leaves each token its own reward: what is optimal is normalised at every token."""
     base = tiny_llama(seed=0)

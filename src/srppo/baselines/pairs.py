@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
-from torch.optim import AdamW
+from torch.optim import SGD, AdamW
 from transformers import PreTrainedModel
 
 from srppo.algo.imitation import pair_losses
@@ -45,7 +45,12 @@ def train_pairs(
 
     Source: arXiv:2401.01335, algorithm 1, with the pairs of the newest round only.
     """
-    optimizer = AdamW(policy.parameters(), config.learning_rate, weight_decay=0.0)
+    rate = config.learning_rate
+    optimizer = (
+        SGD(policy.parameters(), rate, momentum=0.9)
+        if config.optimizer == "sgd"
+        else AdamW(policy.parameters(), rate, weight_decay=0.0)
+    )
     total = config.rounds * config.epochs * math.ceil(len(examples) / config.batch_size)
     step, started = 0, time.monotonic()
     with policy.active() as model, reporter.bar(title, total, "steps") as advance:
