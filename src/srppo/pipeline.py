@@ -126,7 +126,6 @@ class Run:
         for name, control in self.recipe.controls.items():
             if control.extrapolate is not None:
                 continue
-            base = self._halfway() if control.against == "halfway" else self.base
             place = f"controls/{name}"
             with self._stage(place) as todo:
                 if not todo:
@@ -135,6 +134,7 @@ class Run:
                 if control.sft is not None:
                     self._train_sft(place, changed.sft)
                 elif control.ppo is not None:
+                    base = self._halfway() if control.against == "halfway" else self.base
                     self._train_ppo(place, place, changed.ppo, None, base)
                 else:
                     self._train_baseline(place, control)

@@ -185,8 +185,8 @@ def test_exopd_becomes_extrapolation_at_decoding_time(tmp_path):
     )  # fmt: skip
     found, decoded = sequence_logprobs(policy), extrapolated_logprobs(base, sft, 3.0)
     assert kl(sequence_logprobs(sft), decoded) > 3
-    assert kl(found, decoded) < 0.03
-    assert exact(policy, sft, base, 1 / 3, "base").kl_to_optimum > 0.1  # SRPPO's, looking ahead
+    assert kl(found, decoded) < 0.05
+    assert exact(policy, sft, base, 1 / 3, "base").kl_to_optimum > 0.3  # SRPPO's, looking ahead
 
 
 @pytest.mark.slow
