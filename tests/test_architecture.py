@@ -31,9 +31,12 @@ import pytest
 import srppo
 from enumerable import EOS, LENGTH, PROMPTS, fine_tuned, tiny_llama
 from srppo import config, errors
+from srppo.baselines.pairs import train_pairs
 from srppo.config import PPOConfig, load_recipe
+from srppo.config_controls import PairsConfig
+from srppo.data.chat import Example
 from srppo.eval.evaluate import load_scorer
-from srppo.models.roles import Roles
+from srppo.models.roles import Role, Roles
 from srppo.progress import Reporter
 from srppo.rollout.hf import HFSampler
 from srppo.train.metrics import MetricsLog
@@ -202,14 +205,8 @@ SECTIONS = {
     for name, field in config.Recipe.model_fields.items()
     if isinstance(field.annotation, type) and issubclass(field.annotation, config.Section)
 }
-DOCUMENTS = [
-    "README.md",
-    "CONTRIBUTING.md",
-    "docs/math.md",
-    "docs/metrics.md",
-    "docs/data.md",
-    "docs/plugins.md",
-]
+DOCUMENTS = ["README.md", "CONTRIBUTING.md"]
+DOCUMENTS += [f"docs/{name}.md" for name in ("math", "metrics", "data", "plugins", "baselines")]
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)
@@ -366,6 +363,20 @@ def run_dir(tmp_path_factory) -> Path:
 def test_the_metrics_of_stage_1_are_documented_and_the_documented_ones_logged(run_dir):
     lines = json_lines(run_dir / "metrics" / "sft.jsonl")
     require_same("metrics/sft.jsonl", {key for line in lines for key in line})
+
+
+def test_the_metrics_of_pairs_are_documented_and_the_documented_ones_logged(tmp_path):
+    policy = Role(tiny_llama(seed=0, width=8, layers=1))
+    sampler = HFSampler(policy, eos_token_id=EOS, max_new_tokens=LENGTH)
+    examples = [Example(prompt, [5, EOS]) for prompt in PROMPTS]
+    with MetricsLog(tmp_path, "pairs") as log:
+        train_pairs(
+            policy, sampler, examples, PairsConfig(), seed=0, log=log,
+            reporter=Reporter(quiet=True),
+        )  # fmt: skip
+    lines = json_lines(tmp_path / "metrics" / "pairs.jsonl")
+    written = {key for line in lines for key in line}
+    require_same("metrics/controls/NAME.jsonl, of a control on pairs", written)
 
 
 @pytest.mark.parametrize("file", ["audit.json", "results.json"])

@@ -21,6 +21,7 @@ from srppo.config import (
 from srppo.errors import ConfigError
 
 PAPER = {
+    "sft.loss": "nll",
     "sft.epochs": 2,
     "sft.batch_size": 128,
     "sft.learning_rate": 1e-5,  # the largest of the four that the paper tries
@@ -191,7 +192,13 @@ def test_null_controls_are_none_at_all(minimal):
         ({"x": {"pp": {"steps": 5}}}, "Did you mean 'ppo'?"),
         ({"x": {"sft": {"epochs": "two"}}}, "controls.x.sft.epochs='two'"),
         ({"x": {"ppo": {"estimator": "rloo"}}}, "Set ppo.responses_per_prompt=4."),
-        ({"x": {}}, "Give exactly one of sft, ppo, extrapolate"),
+        ({"x": {}}, "Give exactly one of sft, ppo, pairs, extrapolate, extrapolate_weights"),
+        ({"x": {"pairs": {"loss": "dpo"}}}, "controls.x.pairs.loss='dpo'"),
+        ({"x": {"pairs": {"round": 2}}}, "Did you mean 'rounds'?"),
+        ({"x": {"pairs": {"shift": float("nan")}}}, "controls.x.pairs.shift=nan"),
+        ({"x": {"extrapolate_weights": -1.0}}, "controls.x.extrapolate_weights=-1.0"),
+        ({"x": {"sft": {"loss": "iwsft"}}}, "controls.x.sft.loss='iwsft'"),
+        ({"x": {"sft": {}, "against": "halfway"}}, "against=halfway changes the reward of stage 2"),
         ({"x": {"sft": {}, "extrapolate": 2.0}}, "gives sft and extrapolate"),
         ({"x": {"extrapolate": 0.0}}, "controls.x.extrapolate=0.0"),
         ({"x": 5}, "controls.x=5: a group of settings, not a value"),
@@ -201,6 +208,27 @@ def test_null_controls_are_none_at_all(minimal):
 )
 def test_controls_that_are_refused(controls, words):
     assert words in refusal(controls=controls)
+
+
+@pytest.mark.parametrize(
+    ("control", "words"),
+    [
+        ({"sft": {}}, "controls.x.sft trains on demonstrations"),
+        ({"pairs": {}}, "controls.x.pairs trains on demonstrations"),
+        ({"ppo": {}, "against": "halfway"}, "controls.x.against trains on demonstrations"),
+    ],
+)
+def test_controls_that_need_demonstrations_are_refused_without(control, words):
+    model = {"base": "m", "sft": "s"}
+    data = {"demonstrations": None, "prompts": "p"}
+    assert words in refusal(model=model, data=data, controls={"x": control})
+
+
+def test_weights_of_an_adapter_are_not_extrapolated():
+    said = refusal(
+        model={"base": "m", "lora": {"rank": 4}}, controls={"x": {"extrapolate_weights": 0.5}}
+    )
+    assert "controls.x.extrapolate_weights with model.lora" in said
 
 
 # --- what is refused -----------------------------------------------------------------------------

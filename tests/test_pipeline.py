@@ -280,7 +280,7 @@ def test_a_run_that_was_interrupted_goes_on_with_the_stage_it_was_in(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("srppo.pipeline.train_ppo", interrupt)
+        patch.setattr("srppo.training.train_ppo", interrupt)
         done = srppo_command("run", recipe)
     assert done.code == 130
     assert "Traceback" not in done.err

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from srppo.config_checkpoint import CheckpointConfig
+from srppo.config_controls import ControlConfig
 from srppo.config_data import DataConfig
 from srppo.config_eval import EvalConfig
 from srppo.config_model import LoRAConfig as LoRAConfig
@@ -35,6 +36,10 @@ from srppo.validation import (
 class SFTConfig(Section):
     """Stage 1: minimise -log pi(y|x) over response tokens, EOS included."""
 
+    loss: Literal["nll", "dft", "iw", "iw_step"] = "nll"
+    """What each token's -log pi is weighted with: `nll` nothing (paper); `dft` its probability
+    (arXiv:2508.05629); `iw` the response's probability ratio to the model that training starts
+    from, per token; `iw_step` the token's own (arXiv:2507.12856). docs/baselines.md."""
     epochs: Positive = 2
     """Passes over the demonstrations (paper)."""
     batch_size: Positive = 128
@@ -184,27 +189,6 @@ class AuditConfig(Section):
     """Held-out demonstrations looked at, at most."""
 
 
-class ControlConfig(Section):
-    """Another way to use the same parts, for comparison: give exactly one of the three."""
-
-    sft: dict[str, Any] | None = None
-    """Stage 1 again with these settings changed, evaluated as it is."""
-    ppo: dict[str, Any] | None = None
-    """Stage 2 again with these settings changed."""
-    extrapolate: PositiveFloat | None = None
-    """No training: base·(sft/base)^lambda per token at decoding time, with this lambda."""
-
-    @model_validator(mode="after")
-    def _one_thing(self) -> ControlConfig:
-        given = [k for k in ("sft", "ppo", "extrapolate") if getattr(self, k) is not None]
-        if len(given) != 1:
-            raise ValueError(
-                f"gives {' and '.join(given) or 'nothing'}, so what to do is not clear. "
-                "Give exactly one of sft, ppo, extrapolate."
-            )
-        return self
-
-
 class Recipe(Section):
     """One run, whole."""
 
@@ -261,10 +245,15 @@ class Recipe(Section):
                     f"controls.{name}: the run's own model has that name, so the table could not "
                     "tell them apart. Choose another."
                 )
-            if control.sft is not None and not self.data.demonstrations:
+            if control.on_demonstrations and not self.data.demonstrations:
                 raise ValueError(
-                    f"controls.{name}.sft trains on demonstrations, and data.demonstrations is not "
-                    "set. Set it, or leave the control out."
+                    f"controls.{name}.{control.on_demonstrations} trains on demonstrations, and "
+                    "data.demonstrations is not set. Set it, or leave the control out."
+                )
+            if control.extrapolate_weights and self.model.lora:
+                raise ValueError(
+                    f"controls.{name}.extrapolate_weights with model.lora: pi_sft's weights are "
+                    "those of the base and an adapter. Leave the control out, or model.lora."
                 )
             for section in ("sft", "ppo"):
                 if changes := getattr(control, section):

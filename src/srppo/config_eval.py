@@ -71,6 +71,7 @@ class EvalConfig(Section):
     side_by_side: NonNegative = 24
     """Prompts whose responses the report shows side by side."""
     benchmarks: BenchmarkConfig = BenchmarkConfig()
+    """IFEval, GSM8K, GPQA, AlpacaEval."""
 
     @model_validator(mode="after")
     def _possible(self) -> EvalConfig:

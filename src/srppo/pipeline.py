@@ -5,7 +5,6 @@ demonstrations -> sft -> audit -> ppo -> controls -> evaluate -> report
 
 from __future__ import annotations
 
-import gc
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,9 +14,9 @@ from typing import Any
 
 import transformers
 
-from srppo.config import PPOConfig, Recipe, SFTConfig
+from srppo.config import PPOConfig, Recipe
 from srppo.data.chat import apply_template, closing
-from srppo.data.describe import describe_all, describe_overlap
+from srppo.data.describe import describe_all, describe_used
 from srppo.data.load import fingerprint as data_fingerprint
 from srppo.data.load import read_data
 from srppo.data.prompts import Prompt
@@ -27,23 +26,20 @@ from srppo.eval.in_run import RunBenchmarks, comparison_of
 from srppo.eval.models import evaluate_models
 from srppo.models.load import fingerprint as model_fingerprint
 from srppo.models.load import require_quantizer
-from srppo.models.memory import Budget, activation_checkpointing
-from srppo.models.roles import Role, Roles
-from srppo.models.start import check_context, start_frozen, start_sft, start_tokenizer
+from srppo.models.memory import Budget
+from srppo.models.roles import Role
+from srppo.models.start import check_context, start_frozen, start_tokenizer
 from srppo.progress import Reporter
 from srppo.provenance import now, provenance
 from srppo.report import build
 from srppo.report.card import write_cards
 from srppo.report.comparison import render
 from srppo.rollout.hf import HFSampler
-from srppo.train.audit import audit, with_found_beta
+from srppo.train.audit import audit, describe_audit, with_found_beta
 from srppo.train.checkpoint import RunDir, move_aside
 from srppo.train.files import read_json
-from srppo.train.metrics import MetricsLog
-from srppo.train.ppo import train_ppo
-from srppo.train.sft import train_sft
-from srppo.train.steps import Keeper
 from srppo.train.update import Metrics
+from srppo.training import Training
 
 
 class Run:
@@ -93,7 +89,7 @@ class Run:
         self.benchmarks_wanted = self._benchmarks() if recipe.eval.benchmarks.tasks else None
         self.dir.write_json("data.json", self.data.reports)
         self.dir.write_text("data.txt", describe_all(self.data.reports))
-        self._say_data()
+        self.reporter.line(describe_used(self.data, closing(self.tokenizer)))
 
     # --- the stages -----------------------------------------------------------------------------
 
@@ -103,7 +99,7 @@ class Run:
             return Path(self.recipe.model.sft)
         with self._stage("sft") as todo:
             if todo:
-                self._train_sft("sft", self.recipe.sft)
+                self._training.sft("sft", self.recipe.sft)
         return self.dir.path / "sft"
 
     def audit(self) -> dict[str, Any] | None:
@@ -127,7 +123,7 @@ class Run:
                     )
                 )
                 self.dir.write_json("audit.json", found)
-                self._say_audit(found)
+                self.reporter.line(describe_audit(found))
         findings: dict[str, Any] = self.dir.read_json("audit.json")
         return findings
 
@@ -137,7 +133,7 @@ class Run:
         self.audit()
         with self._stage("ppo") as todo:
             if todo:
-                self._train_ppo("policy", "ppo", self.recipe.ppo, self._curve)
+                self._train_ppo("policy", self.recipe.ppo, curve=self._curve)
         return self.dir.path / "policy"
 
     def controls(self) -> None:
@@ -145,14 +141,18 @@ class Run:
         for name, control in self.recipe.controls.items():
             if control.extrapolate is not None:
                 continue
-            with self._stage(f"controls/{name}") as todo:
+            place = f"controls/{name}"
+            with self._stage(place) as todo:
                 if not todo:
                     continue
                 changed = self.recipe.with_control(control)
                 if control.sft is not None:
-                    self._train_sft(f"controls/{name}", changed.sft)
+                    self._training.sft(place, changed.sft)
+                elif control.ppo is not None:
+                    base = self._halfway() if control.against == "halfway" else self.base
+                    self._train_ppo(place, changed.ppo, base)
                 else:
-                    self._train_ppo(f"controls/{name}", f"controls/{name}", changed.ppo, None)
+                    self._training.baseline(place, self.base, self.pi_sft, control)
 
     def evaluate(self) -> dict[str, Any]:
         """Every model there is at every temperature; results.json and samples.jsonl.
@@ -205,76 +205,28 @@ class Run:
 
     # --- how they are done ----------------------------------------------------------------------
 
-    def _train_sft(self, name: str, config: SFTConfig) -> None:
-        if not self.data.train:
-            raise ConfigError(
-                "data.demonstrations is not set: stage 1 has nothing to train on. Set it."
-            )
-        role = start_sft(self.recipe.model, self.recipe.seed)
-        keeper = self._keeper(name)
-        with MetricsLog(self.dir.path, name, keeper.metrics) as log, role.active() as model:
-            train_sft(
-                model,
-                self.tokenizer,
-                self.data.train,
-                config,
-                seed=self.recipe.seed,
-                log=log,
-                reporter=self.reporter,
-                keeper=keeper,
-                title=name.upper() if name == "sft" else name,
-            )
-        self.dir.save_model(name, role, self.tokenizer)
-        gc.collect()  # the trainer refers to itself: its weights would stay through stage 2
+    @cached_property
+    def _training(self) -> Training:
+        return Training(self.recipe, self.tokenizer, self.data, self.dir, self.reporter)
 
     def _train_ppo(
         self,
         name: str,
-        metrics_name: str,
         config: PPOConfig,
-        curve: Callable[[Role], Metrics] | None,
+        base: Role | None = None,
+        curve: Callable[[Role], Metrics] | None = None,
     ) -> None:
         if config.kl_coef == "auto" and (findings := self.audit()):
             config = with_found_beta(config, findings)
             self.reporter.line(f"{name}: ppo.kl_coef=auto is {config.beta:.3g}")
-        roles = Roles.begin(self.base, self.pi_sft, critic=config.estimator == "ppo")
-        budget = Budget(config.max_tokens_per_batch, self.reporter.line)
-        sampler = HFSampler(
-            roles.policy,
-            eos_token_id=self.tokenizer.eos_token_id,
-            max_new_tokens=self.recipe.data.max_response_tokens,
-            max_tokens_per_batch=budget,
-            critic=roles.critic,
-            compute=config.compute,
-        )
-        keeper = self._keeper(metrics_name)
-        keeper.save_best = lambda: self.dir.save_model(f"best/{name}", roles.policy, self.tokenizer)
-        with (
-            MetricsLog(self.dir.path, metrics_name, keeper.metrics) as log,
-            roles.policy.active() as model,
-            activation_checkpointing(model, config.gradient_checkpointing),
-        ):
-            stopped = train_ppo(
-                roles,
-                sampler,
-                [p.ids for p in self.data.prompts],
-                config,
-                seed=self.recipe.seed,
-                log=log,
-                reporter=self.reporter,
-                evaluate=(lambda: curve(roles.policy)) if curve else None,
-                evaluate_every=self.recipe.eval.every,
-                keeper=keeper,
-                budget=budget,
-                title="PPO" if name == "policy" else name,
-            )
-        if stopped:
-            self.reporter.line(f"{name}: {stopped}")
-            self.dir.record.setdefault("stopped", {})[name] = stopped
-        self.dir.save_model(name, roles.policy, self.tokenizer)
+        self._training.ppo(name, base or self.base, self.pi_sft, config, curve)
 
-    def _keeper(self, stage: str) -> Keeper:
-        return Keeper(self.dir.path, stage, self.recipe.checkpoint, self.reporter)
+    def _halfway(self) -> Role:
+        """Stage 1 on the first half of the demonstrations, frozen."""
+        with self._stage("halfway") as todo:
+            if todo:
+                self._training.sft("halfway", self.recipe.sft, share=0.5)
+        return self.base.sibling(self.dir.path / "halfway")
 
     def _evaluate(self, names: list[str]) -> None:
         if not self.data.eval_prompts:
@@ -399,34 +351,3 @@ class Run:
             self.dir.mark_done(name, time.monotonic() - started, **facts)
         if not self.recipe.checkpoint.keep_finished:
             self.dir.remove(f"checkpoints/{name}")
-
-    def _say_data(self) -> None:
-        for role in ("demonstrations", "prompts", "eval"):
-            report = self.data.reports.get(role)
-            if report is None:
-                continue
-            dropped = ", ".join(f"{n} {reason}" for reason, n in report["dropped"].items())
-            self.reporter.line(
-                f"{role}: {report['used']} of {report['rows']} rows of {report['source']}"
-                + (f"; dropped: {dropped}" if dropped else "")
-                + (f"; {report['truncated']} truncated" if report["truncated"] else "")
-            )
-        self.reporter.line(
-            f"stage 1 trains on {len(self.data.train)} demonstrations, {len(self.data.held_out)} "
-            f"are held out; stage 2 has {len(self.data.prompts)} prompts"
-        )
-        self.reporter.line(describe_overlap(self.data.reports["overlap"]).strip())
-        if note := closing(self.tokenizer):
-            self.reporter.line(f"note: {note}")
-
-    def _say_audit(self, findings: dict[str, Any]) -> None:
-        curve, reward = findings["curve"], findings["reward"]
-        means = "  ".join(f"{name} {r['mean']:+.2f}" for name, r in reward.items())
-        self.reporter.line(f"audit: mean reward in nats  {means}")
-        self.reporter.line(
-            f"audit: held-out NLL {curve['nll_sft']:.2f} at SFT, least at lambda="
-            f"{curve['lam_star']:g}; the recipe aims at lambda={curve['lam_recipe']:g}: "
-            f"{curve['nll_recipe']:.2f} nats"
-        )
-        for warning in findings["warnings"]:
-            self.reporter.line(f"audit WARNING: {warning}")

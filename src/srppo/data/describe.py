@@ -1,7 +1,10 @@
 """A report of `reporting` as text: for the terminal, the run directory and the page."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from srppo.data.load import Data
 
 BAR = 40
 """Columns of the longest bar."""
@@ -47,6 +50,26 @@ def describe_all(reports: Mapping[str, Any]) -> str:
         for role, report in reports.items()
     }
     return "\n".join(f"== {role}\n{text}" for role, text in texts.items())
+
+
+def describe_used(data: "Data", note: str) -> str:
+    """What a run says of its data when it starts; "" is no note."""
+    lines = []
+    for role in ("demonstrations", "prompts", "eval"):
+        if (report := data.reports.get(role)) is None:
+            continue
+        dropped = ", ".join(f"{n} {reason}" for reason, n in report["dropped"].items())
+        lines.append(
+            f"{role}: {report['used']} of {report['rows']} rows of {report['source']}"
+            + (f"; dropped: {dropped}" if dropped else "")
+            + (f"; {report['truncated']} truncated" if report["truncated"] else "")
+        )
+    lines.append(
+        f"stage 1 trains on {len(data.train)} demonstrations, {len(data.held_out)} are held out; "
+        f"stage 2 has {len(data.prompts)} prompts"
+    )
+    lines.append(describe_overlap(data.reports["overlap"]).strip())
+    return "\n".join([*lines, f"note: {note}"] if note else lines)
 
 
 def describe_overlap(overlap: Mapping[str, Any]) -> str:

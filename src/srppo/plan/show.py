@@ -94,7 +94,7 @@ def _stages(recipe: Recipe, amount: Work, clock: Clock | None) -> Table:
     parts = [("stage 1", "stage 2", recipe)] + [
         (name, name, recipe.with_control(control))
         for name, control in recipe.controls.items()
-        if control.extrapolate is None
+        if control.is_trained
     ]
     for first, second, variant in parts:
         control = recipe.controls.get(first)
@@ -102,6 +102,10 @@ def _stages(recipe: Recipe, amount: Work, clock: Clock | None) -> Table:
             steps, n = amount.sft_steps(variant.sft), amount.demonstrations
             rows = None if n is None else n * variant.sft.epochs
             add(first, steps, rows, clock.sft(variant.sft) if clock else None)
+        if control and control.pairs:
+            steps, n = amount.pair_steps(control.pairs), amount.demonstrations
+            rows = None if n is None else 2 * n * control.pairs.epochs * control.pairs.rounds
+            add(first, steps, rows, clock.pairs(control.pairs) if clock else None)
         if control is None or control.ppo is not None:
             steps = amount.ppo_steps(variant.ppo)
             rows = None if steps is None else steps * variant.ppo.rollouts_per_step

@@ -14,6 +14,7 @@ from statistics import mean
 import torch
 
 from srppo.config import PPOConfig, Recipe, SFTConfig
+from srppo.config_controls import PairsConfig
 from srppo.config_data import SourceConfig
 from srppo.data.chat import apply_template
 from srppo.data.load import Data, read_data
@@ -60,6 +61,12 @@ class Work:
         steps = config.steps or (self.prompts and math.ceil(self.prompts / per_step))
         extra = config.value_warmup_steps if config.estimator == "ppo" else 0
         return steps + extra if steps else None
+
+    def pair_steps(self, config: PairsConfig) -> int | None:
+        """Optimizer steps of a control on pairs."""
+        n = self.demonstrations
+        each = None if n is None else math.ceil(n / config.batch_size)
+        return each and config.rounds * config.epochs * each
 
 
 def work(recipe: Recipe) -> Work:
@@ -182,6 +189,23 @@ class Clock:
             + n * self._hours(once.rollout, self._products(config.compute)),
             scoring=n * self._hours(once.scoring, self.recipe.model.dtype),
             training=n * self._hours(once.update + again, self._products(config.compute)),
+        )
+
+    def pairs(self, config: PairsConfig) -> Hours | None:
+        """A control on pairs: each is two responses to learn from, one of them sampled."""
+        n = self.amount.demonstrations
+        if n is None:
+            return None
+        once = step_flops(self.sizes.shape, *self.lengths, 2 * config.epochs, self.whole)
+        compute, products = self.recipe.ppo.compute, self._products("float32")
+        return Hours(
+            rollout=config.rounds
+            * (
+                self._decoding(self.recipe.ppo, n)
+                + n * self._hours(once.rollout, self._products(compute))
+            ),
+            scoring=config.rounds * n * self._hours(once.scoring, products),
+            training=config.rounds * n * self._hours(once.update, products),
         )
 
     def evaluation(self, models: int) -> Hours | None:

@@ -61,12 +61,14 @@ def card(files: RunFiles, name: str, *, adapter: bool, merged: bool = False) -> 
     run, recipe = files.run or {}, _recipe(files)
     facts = provenance.view(files)
     control = mapping(mapping(recipe, "controls"), name.removeprefix("controls/"))
-    by_ppo = name != "sft" and not control.get("sft")
+    by_ppo = name != "sft" and (not control or control.get("ppo") is not None)
+    by_sft = name == "sft" or control.get("sft") is not None
     data = [row for row in facts.data if by_ppo or row[0] != "prompts"] if facts else []
     text = _ENVIRONMENT.get_template("card.md.j2").render(
         metadata=_metadata(recipe, data, adapter).to_yaml(),
         title=f"{run.get('name') or files.name}: {name.removeprefix('controls/')}",
         by_ppo=by_ppo,
+        by_sft=by_sft,
         control=control,
         adapter=adapter,
         merged=merged,

@@ -267,3 +267,17 @@ def _distributions(rewards: dict[str, Tensor]) -> dict[str, Any]:
         }
         for name, r in rewards.items()
     }
+
+
+def describe_audit(findings: dict[str, Any]) -> str:
+    """audit.json in a few lines."""
+    curve, reward = findings["curve"], findings["reward"]
+    means = "  ".join(f"{name} {r['mean']:+.2f}" for name, r in reward.items())
+    lines = [
+        f"audit: mean reward in nats  {means}",
+        f"audit: held-out NLL {curve['nll_sft']:.2f} at SFT, least at lambda="
+        f"{curve['lam_star']:g}; the recipe aims at lambda={curve['lam_recipe']:g}: "
+        f"{curve['nll_recipe']:.2f} nats",
+        *(f"audit WARNING: {warning}" for warning in findings["warnings"]),
+    ]
+    return "\n".join(lines)

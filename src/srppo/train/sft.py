@@ -26,7 +26,6 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from transformers.trainer import TRAINER_STATE_NAME
 from trl import SFTConfig as TRLConfig
 from trl import SFTTrainer
-from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from srppo.config import SFTConfig
 from srppo.data.demonstrations import Example
@@ -35,6 +34,7 @@ from srppo.progress import Advance, Reporter
 from srppo.train.metrics import MetricsLog
 from srppo.train.state import Tree, load_optimizer, load_tensors, optimizer_state
 from srppo.train.steps import Keeper, Steps
+from srppo.train.weighted import WEIGHTS_OF, ImportanceWeighted, WithReference, reference_logprobs
 
 IGNORED = -100  # label of tokens without loss: the prompt
 
@@ -54,13 +54,18 @@ def train_sft(
     """Minimise -log pi(y|x) over response tokens (EOS included). Trains `model` in place: what of
     it requires gradients, all or its adapter; on from the last checkpoint of `keeper`.
 
-    The loss of an optimizer step is the mean over the response tokens of its batch.
+    The loss of an optimizer step is the mean over the response tokens of its batch, each weighted
+    as `config.loss` says.
     Source: arXiv:2510.21090, stage 1.
     """
     micro = min(config.micro_batch_size, config.batch_size, len(examples))
     accumulation = math.ceil(min(config.batch_size, len(examples)) / micro)
     steps = config.epochs * math.ceil(len(examples) / (micro * accumulation))
     trained = [p for p in model.parameters() if p.requires_grad]
+    rows = [_row(e) for e in examples]
+    if config.loss in WEIGHTS_OF:
+        for row, logprobs in zip(rows, reference_logprobs(model, examples), strict=True):
+            row["reference_logprobs"] = logprobs
     model.train()
     with TemporaryDirectory() as scratch, warnings.catch_warnings():
         # TRL's own default of this setting already goes through its deprecated name.
@@ -84,6 +89,8 @@ def train_sft(
             gradient_checkpointing=False,
             dataset_kwargs={"skip_prepare_dataset": True},
             max_length=None,
+            remove_unused_columns=False,
+            loss_type="dft" if config.loss == "dft" else "nll",
             save_strategy="no",
             logging_steps=1,
             report_to="none",
@@ -97,12 +104,13 @@ def train_sft(
             trainer = _Trainer(
                 model=model,
                 args=arguments,
-                train_dataset=Dataset.from_list([_row(e) for e in examples]),
+                train_dataset=Dataset.from_list(rows),
                 processing_class=tokenizer,
-                data_collator=DataCollatorForLanguageModeling(pad_token_id=tokenizer.eos_token_id),
+                data_collator=WithReference(pad_token_id=tokenizer.eos_token_id),
                 optimizer_cls_and_kwargs=_optimizer(config),
                 rows=Budget(micro, reporter.line),
             )
+            trainer.weights_of = WEIGHTS_OF.get(config.loss)
             for p in trained:
                 p.data = p.data.float()  # the trainer makes adapters on quantised weights bfloat16
             with (
@@ -117,7 +125,7 @@ def train_sft(
     return model.eval()
 
 
-def _row(example: Example) -> dict[str, list[int]]:
+def _row(example: Example) -> dict[str, list[Any]]:
     prompt, response = example.prompt_ids, example.response_ids
     return {"input_ids": prompt + response, "labels": [IGNORED] * len(prompt) + response}
 
@@ -129,7 +137,7 @@ def _optimizer(config: SFTConfig) -> tuple[type[torch.optim.Optimizer], dict[str
     return torch.optim.AdamW, common
 
 
-class _Trainer(SFTTrainer):
+class _Trainer(ImportanceWeighted, SFTTrainer):
     """Goes on from our checkpoints: its own would be unpickled.
 
     A checkpoint holds a file of the trainer's beside ours, by which it finds its place in the data.
