@@ -23,6 +23,7 @@ import builtins
 import errno
 import io
 import json
+import logging
 import random
 import shutil
 import signal
@@ -141,6 +142,7 @@ def kills(share: float, seed: int, folder: Path) -> list[str]:
                 break
             phase = rng.choice(["any time", *PHASES]) if rng.random() < 0.5 else "any time"
             killed = _killed(recipe, rng, phase, expected[kind][1])
+            resumes += killed.said.count("going on after step")
             if killed.code == -signal.SIGKILL:
                 where[phase] += 1
             elif killed.code:
@@ -153,8 +155,8 @@ def kills(share: float, seed: int, folder: Path) -> list[str]:
             losses.append(f"run {runs}: {', '.join(other)}")
         shutil.rmtree(recipe.parent)
     print(
-        f"kills: {sum(where.values())} of {runs} runs ({dict(where)}), resumed from a checkpoint "
-        f"{resumes} times at the end, losses: {len(losses)}"
+        f"kills: {sum(where.values())} of {runs} runs {dict(where)}, resumed from within a stage "
+        f"{resumes} times, losses: {len(losses)}"
     )
     return losses
 
@@ -436,6 +438,7 @@ def recipes(share: float, seed: int, folder: Path) -> list[str]:
 
 def data(share: float, seed: int, folder: Path) -> list[str]:
     """Files of which no row can be used, as demonstrations."""
+    logging.disable(logging.CRITICAL)  # a library's own words about each file
 
     def check(example: tuple[str, bytes]) -> str:
         path = folder / example[0]

@@ -153,6 +153,7 @@ class Steps:
         finished = error is None and self.keeper and self.keeper.settings.keep_finished
         if not self.keeper or not (interrupted or finished):
             return
+        signals.caught()
         if self.done > self._saved and not self._updating:
             self._save()
         if interrupted and self._saved:
