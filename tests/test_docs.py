@@ -38,7 +38,8 @@ def as_run(line: str) -> str:
     """A line of a page with a reader's names, and small."""
     line = re.sub(r"\b(MODEL|SOURCE|RECIPE)\b", lambda match: NAMES[match[0]], line)
     if re.match(r"srppo (run|sft|audit|ppo) ", line) and "--dry-run" not in line:
-        return f"{line} {SMALL}"
+        shown = "baselines" in line or "controls." in line  # what the line is about
+        return f"{line.split('#')[0]} {SMALL.removeprefix('controls=null ') if shown else SMALL}"
     return line
 
 
