@@ -15,6 +15,7 @@ from typing import Any
 
 import transformers
 
+from srppo import distributed
 from srppo.config import PPOConfig, Recipe, SFTConfig
 from srppo.data.chat import apply_template, closing
 from srppo.data.describe import describe_all, describe_overlap
@@ -67,7 +68,7 @@ class Run:
         transformers.logging.set_verbosity_error()
         transformers.logging.disable_progress_bar()
         self.recipe = recipe
-        self.reporter = reporter or Reporter()
+        self.reporter = reporter or Reporter(quiet=not distributed.is_first())
         if recipe.model.quantize:
             require_quantizer(recipe.model.quantize)
         self.tokenizer = start_tokenizer(recipe.model)
@@ -76,7 +77,7 @@ class Run:
         self.scorer = load_scorer(recipe.eval.scorer) if recipe.eval.scorer else None
         self.data = read_data(recipe, self.tokenizer)
         inputs = self._inputs()
-        if fresh and (old := move_aside(recipe)):
+        if fresh and (old := distributed.from_first(lambda: move_aside(recipe))):
             self.reporter.line(f"starting over: the run that was there is now {old}")
         made_by = {"name": recipe.name, **provenance(recipe, source)}
         self.dir = RunDir.open(recipe, made_by, inputs, allow_change=allow_change)
@@ -155,8 +156,8 @@ class Run:
 
     def report(self) -> Path:
         """The HTML page, and the cards of the models."""
-        write_cards(self.dir.path)
-        return build(self.dir.path)
+        distributed.from_first(lambda: write_cards(self.dir.path))
+        return distributed.from_first(lambda: build(self.dir.path))
 
     def all(self) -> dict[str, Any]:
         """All stages; the results."""
@@ -324,7 +325,9 @@ class Run:
         names = [self.data.reports.get(r, {}).get("source") for r in ("demonstrations", "prompts")]
         data = " and ".join(filter(None, names))
         models = filter(None, dict.fromkeys([model.base, model.sft]))
-        return {data: data_fingerprint(self.data), **{m: model_fingerprint(m) for m in models}}
+        return {data: data_fingerprint(self.data)} | distributed.from_first(
+            lambda: {m: model_fingerprint(m) for m in models}
+        )
 
     def _require_sft(self, stage: str) -> None:
         if not self.recipe.model.sft and not self.dir.is_done("sft"):

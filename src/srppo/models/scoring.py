@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
+from srppo import distributed
 from srppo.algo.logprobs import chunk_size, token_logprobs
 from srppo.models.batching import Batch, Sequences, microbatches
 from srppo.models.roles import Role
@@ -54,7 +55,7 @@ def output_logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:
 def chunks(model: PreTrainedModel, batch: Batch) -> Iterator[slice]:
     """The batch's tokens in pieces whose logits are small."""
     size = chunk_size(model.config.get_text_config().vocab_size, batch.input_ids.device)
-    for start in range(0, len(batch), size):
+    for start in range(0, len(batch) or 1, size):  # of an idle batch, one that is empty
         yield slice(start, start + size)
 
 
@@ -81,6 +82,7 @@ def score_with_values(
             batch.put(logprobs, torch.cat(parts))
             if critic:
                 batch.put(units, critic.units(hidden))
+    distributed.add([logprobs, units])
     return logprobs, units
 
 
@@ -95,8 +97,9 @@ def response_states(model: Role | PreTrainedModel, sequences: Sequences, max_tok
         for batch in microbatches(sequences, rows, max_tokens, role.device):
             hidden = hidden_states(active, batch).cpu()
             if states is None:
-                states = hidden.new_empty(int(sequences.mask.sum()), hidden.shape[-1])
+                states = hidden.new_zeros(int(sequences.mask.sum()), hidden.shape[-1])
             row, t = batch.mask.nonzero(as_tuple=True)
             states[starts[batch.rows][row] + t] = hidden
     assert states is not None  # no rollout is empty
+    distributed.add([states])
     return states

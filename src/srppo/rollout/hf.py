@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
+from srppo import distributed
 from srppo.algo.optimum import extrapolate
 from srppo.errors import ModelError
 from srppo.models.batching import Sequences
@@ -28,7 +29,8 @@ class HFSampler:
 
     Randomness is one uniform number per response and position, drawn before anything else, and
     inverted through the cumulative distribution: what a response becomes depends on the seed and
-    its place in the list, not on how the list is cut into batches.
+    its place in the list, not on how the list is cut into batches or dealt out to processes. Every
+    process returns the whole rollout.
     """
 
     def __init__(
@@ -68,7 +70,8 @@ class HFSampler:
         ids = torch.zeros(N, T, dtype=torch.int64)
         logprobs, units = torch.zeros(2, N, T)
         lengths = torch.zeros(N, dtype=torch.int64)
-        order = sorted(range(N), key=lambda i: (len(prompts[i]), i))
+        mine = distributed.shares([len(p) for p in prompts])[distributed.rank()]
+        order = sorted(mine, key=lambda i: (len(prompts[i]), i))
         while order:
             width = T + len(prompts[order[-1]])  # the longest of those that remain
 
@@ -87,6 +90,8 @@ class HFSampler:
             rows = self.budget.fit(decode)
             del order[-len(rows) :]
             progress(len(rows))
+        distributed.add([ids, logprobs, units, lengths])
+        progress(N - len(mine))
         longest = int(lengths.max())
         mask = torch.arange(longest) < lengths[:, None]
         ended = ids[torch.arange(N), lengths - 1] == self.eos_token_id

@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
+from srppo import distributed
 from srppo.algo.optimum import extrapolated_nll
 from srppo.algo.reward import log_ratio_reward
 from srppo.config import PPOConfig
@@ -105,6 +106,7 @@ def lambda_curve(
                 sft_logits = output_logits(sft.model, sft_hidden[some])
                 ids = batch.response_ids[some]
                 total += extrapolated_nll(base_logits, sft_logits, ids, lams).sum(1).cpu()
+    distributed.add([total])
     nll_of = dict(zip(lams.tolist(), (total / len(y)).tolist(), strict=True))
     nearest = min(nll_of, key=lambda lam: abs(lam - recipe))
     return {

@@ -26,6 +26,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.optim import Optimizer
 
+from srppo import distributed
 from srppo.errors import RunDirError
 from srppo.train.files import flush, make_folder, writing
 
@@ -69,7 +70,7 @@ class Checkpoints:
         self.run_dir = run_dir
         self.folder = run_dir / "checkpoints" / stage
         self.keep = keep
-        self.newest = self._find(say)
+        self.newest = distributed.from_first(lambda: self._find(say))
         """What to go on from; None: the stage begins."""
 
     def save(self, step: int, tree: Tree, log: Path, more: dict[str, str] | None = None) -> None:
@@ -82,6 +83,8 @@ class Checkpoints:
         Raises:
             RunDirError: the file system refuses; the checkpoints from before are as they were.
         """
+        if not distributed.is_first():
+            return
         target = self._of(step)
         aside = target.with_name(target.name + ".part")
         tensors: dict[str, Tensor] = {}
@@ -113,6 +116,8 @@ class Checkpoints:
         latter's path."""
         folder = self.run_dir / "bad" / self.folder.relative_to(self.run_dir / "checkpoints")
         path = folder / f"step-{step:06d}.json"
+        if not distributed.is_first():
+            return path
         with writing(path):
             make_folder(folder, self.run_dir)
             tensors: dict[str, Tensor] = {}
