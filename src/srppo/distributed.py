@@ -46,6 +46,11 @@ def size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+def is_joined() -> bool:
+    """Whether this is one of the processes of a run, be it the only one."""
+    return dist.is_initialized()
+
+
 def is_first() -> bool:
     """Whether this process writes files and speaks."""
     return rank() == 0

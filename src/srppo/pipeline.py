@@ -202,7 +202,7 @@ class Run:
         config: PPOConfig,
         curve: Callable[[Role], Metrics] | None,
     ) -> None:
-        roles = Roles.begin(self.base, self.pi_sft, critic=config.estimator == "ppo")
+        roles = Roles.begin(self.base, self.pi_sft, config.estimator == "ppo", config.compute)
         budget = Budget(config.max_tokens_per_batch, self.reporter.line)
         sampler = HFSampler(
             roles.policy,

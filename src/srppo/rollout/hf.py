@@ -16,7 +16,7 @@ from srppo.models.batching import Sequences
 from srppo.models.memory import Budget
 from srppo.models.precision import Compute, computing
 from srppo.models.roles import Role
-from srppo.models.scoring import output_logits
+from srppo.models.scoring import output_logits, trunk_states
 from srppo.models.value_head import ValueHead
 from srppo.rollout.cache import growing_cache, without
 from srppo.rollout.sampler import Rollout
@@ -72,24 +72,24 @@ class HFSampler:
         lengths = torch.zeros(N, dtype=torch.int64)
         mine = distributed.shares([len(p) for p in prompts])[distributed.rank()]
         order = sorted(mine, key=lambda i: (len(prompts[i]), i))
-        while order:
-            width = T + len(prompts[order[-1]])  # the longest of those that remain
+        with ExitStack() as stack:
+            for model in self.models:  # once for all decoding, not for every token
+                stack.enter_context(model.decoding())
+            stack.enter_context(computing(self.compute, self.models[0].device))
+            while order:
+                width = T + len(prompts[order[-1]])  # the longest of those that remain
 
-            def decode(tokens: int, width: int = width) -> Tensor:
-                rows = torch.tensor(order[-max(1, tokens // width) :])
-                some = [prompts[i] for i in rows.tolist()]
-                with ExitStack() as stack:
-                    for model in self.models:  # once for the whole decoding, not for every token
-                        stack.enter_context(model.active())
-                    stack.enter_context(computing(self.compute, self.models[0].device))
+                def decode(tokens: int, width: int = width) -> Tensor:
+                    rows = torch.tensor(order[-max(1, tokens // width) :])
+                    some = [prompts[i] for i in rows.tolist()]
                     ids[rows], logprobs[rows], units[rows], lengths[rows] = self._decode(
                         some, uniforms[rows], temperature
                     )
-                return rows
+                    return rows
 
-            rows = self.budget.fit(decode)
-            del order[-len(rows) :]
-            progress(len(rows))
+                rows = self.budget.fit(decode)
+                del order[-len(rows) :]
+                progress(len(rows))
         distributed.add([ids, logprobs, units, lengths])
         progress(N - len(mine))
         longest = int(lengths.max())
@@ -163,14 +163,15 @@ class HFSampler:
         hidden = []
         for role, cache in zip(self.models, caches, strict=True):
             with role.active() as model:
-                outputs = model.base_model(
+                states = trunk_states(
+                    model,
                     input_ids=ids,
                     attention_mask=attention_mask,
                     position_ids=places,
                     past_key_values=cache,
                     use_cache=True,
                 )
-            hidden.append(outputs.last_hidden_state[:, -1])
+            hidden.append(states[:, -1])
         return hidden
 
     def _distribution(self, hidden: list[Tensor], temperature: float) -> Tensor:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
@@ -124,9 +125,10 @@ def rounding_error(
     base: Role | PreTrainedModel, sft: Role | PreTrainedModel, y: Sequences, ratios: Tensor
 ) -> dict[str, float] | None:
     """How far rounding in the models' number format moves the reward: nats a response, over the
-    first few, against the same weights in float32. None: quantised weights have no such twin."""
+    first few, against the same weights in float32. None: quantised weights have no such twin, and
+    that of sharded ones might not fit."""
     models = [Role.of(sft), Role.of(base)]
-    if any(is_quantized(m.model) for m in models):
+    if any(is_quantized(m.model) or isinstance(m.model, FSDPModule) for m in models):
         return None
     if all(m.model.dtype == torch.float32 for m in models):
         return {"mean": 0.0, "max": 0.0}

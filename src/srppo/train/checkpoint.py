@@ -13,6 +13,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
@@ -181,7 +182,8 @@ class RunDir:
         """A Hugging Face model directory, written aside and renamed into place."""
         longest = self.record["recipe"]["data"]["max_response_tokens"]
         target = self.path / name
-        distributed.from_first(lambda: self._save_model(target, model, tokenizer, longest))
+        weights = Role.of(model).whole_weights()
+        distributed.from_first(lambda: self._save_model(target, model, tokenizer, longest, weights))
         return target
 
     def _save_model(
@@ -190,13 +192,14 @@ class RunDir:
         model: Role | PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         longest: int,
+        weights: dict[str, Tensor] | None,
     ) -> None:
         aside = target.with_name(target.name + ".part")
         with writing(target):
             make_folder(target.parent, self.path)
             shutil.rmtree(aside, ignore_errors=True)  # of a crash
             try:
-                save(model, tokenizer, aside, as_trained(tokenizer, longest))
+                save(model, tokenizer, aside, as_trained(tokenizer, longest), weights)
                 flush(aside)
                 if target.exists():
                     shutil.rmtree(target)

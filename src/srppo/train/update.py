@@ -103,6 +103,7 @@ class Optimizers:
 
     def _step(self, optimizer: AdamW) -> float:
         norm = clip_grad_norm_(optimizer.param_groups[0]["params"], self.max_grad_norm)
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         if norm.isfinite():  # one bad minibatch must not end in weights that are not numbers
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
