@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from contextlib import AbstractContextManager, nullcontext
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -67,6 +68,13 @@ def run(
     ] = None,
     fresh: Fresh = False,
     allow_change: AllowChange = False,
+    nproc: Annotated[
+        int | None, typer.Option(min=1, help="Processes on this machine, one for each GPU.")
+    ] = None,
+    nodes: Annotated[int, typer.Option(min=1, help="Machines; give each the same command.")] = 1,
+    rendezvous: Annotated[
+        str | None, typer.Option(metavar="HOST:PORT", help="With --nodes: the first of them.")
+    ] = None,
 ) -> None:
     """Both stages, evaluation and report; one that was interrupted goes on where it was."""
     from srppo.progress import stdout
@@ -79,6 +87,11 @@ def run(
         raise ConfigError(
             f"{'--gpu' if gpu else '--memory'} without --dry-run has no effect on a run. Add "
             "--dry-run, or leave it out and set model.device."
+        )
+    if nproc or nodes > 1:
+        flags = ["--fresh"] * fresh + ["--allow-change"] * allow_change
+        raise typer.Exit(
+            _launch(nproc or 1, ["run", recipe, *(overrides or []), *flags], nodes, rendezvous)
         )
     with signals.listening():
         this = _start(recipe, overrides, fresh, allow_change)
@@ -300,6 +313,17 @@ def _plan(recipe: str, overrides: list[str] | None, gpu: str | None, memory: str
     show_plan(checked, stdout(), gpu, memory)
 
 
+def _launch(nproc: int, arguments: list[str], nodes: int, rendezvous: str | None) -> int:
+    from srppo.distributed import launch
+
+    if nodes > 1 and not rendezvous:
+        raise ConfigError(
+            f"--nodes {nodes} without --rendezvous: the machines would not find each other. Add "
+            "--rendezvous HOST:29500 with the name of the first one, the same on all."
+        )
+    return launch(nproc, arguments, nodes, rendezvous)
+
+
 def _start(
     recipe: str, overrides: list[str] | None, fresh: bool = False, allow_change: bool = False
 ) -> Run:
@@ -308,15 +332,33 @@ def _start(
     return srppo.start(recipe, *(overrides or []), fresh=fresh, allow_change=allow_change)
 
 
+def _joined() -> AbstractContextManager[None]:
+    """One of several processes, if it was started as such."""
+    if "WORLD_SIZE" not in os.environ:
+        return nullcontext()  # `srppo --help` stays free of torch
+    from srppo import distributed
+
+    return distributed.joined()
+
+
+def _which() -> str:
+    if "WORLD_SIZE" not in os.environ:
+        return ""
+    from srppo import distributed
+
+    return f" in {distributed.name()}"
+
+
 def main() -> None:
     """Entry point. Errors that a user can meet end with exit code 2 and no traceback."""
     # Threads that wait for each other spin for a while, by default so long that a run beside other
     # work takes 6 to 20 times as long (docs/LOG.md). Read when torch is first imported.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     try:
-        app()
+        with _joined():
+            app()
     except SrppoError as e:
-        typer.echo(f"error: {e}", err=True)
+        typer.echo(f"error{_which()}: {e}", err=True)
         sys.exit(2)
     except signals.Interrupted as e:
         typer.echo(f"{e}: the same command goes on from here", err=True)

@@ -239,6 +239,12 @@ class Recipe(Section):
                 f"checkpoint.keep_best={best} is measured during stage 2 only with eval.every, "
                 "which is not set: no policy would be kept. Set eval.every."
             )
+        if self.model.shard and self.uses_all_action:
+            raise ValueError(
+                "model.shard with ppo.estimator=all_action: the update needs the output heads of "
+                "the frozen models at every chunk, and each process another number of chunks. Set "
+                "ppo.estimator=ppo, or model.shard=false."
+            )
         for name, control in self.controls.items():
             if name in ("base", "sft", "policy"):
                 raise ValueError(
@@ -287,6 +293,12 @@ class Recipe(Section):
             self.with_control(control).ppo.kl_coef == "auto"
             for control in [ControlConfig(ppo={}), *self.controls.values()]
         )
+
+    @property
+    def for_one_process(self) -> list[str]:
+        """Settings whose work is not divided among processes."""
+        undivided = [f"controls.{k}" for k, c in self.controls.items() if c.pairs]
+        return undivided + ["eval.benchmarks"] * bool(self.eval.benchmarks.tasks)
 
     @property
     def run_dir(self) -> Path:

@@ -44,9 +44,17 @@ class ModelConfig(Section):
     offload: bool = False
     """Frozen models wait in CPU memory and visit the GPU while they score. Weights that the policy
     shares stay there."""
+    shard: bool = False
+    """Stage 2 with several processes: each holds a share of every layer instead of all of it, of
+    the frozen models, the policy and its optimizer. false: each holds whole models."""
 
     @model_validator(mode="after")
     def _possible(self) -> ModelConfig:
+        if self.quantize and self.shard:
+            raise ValueError(
+                f"quantize={self.quantize} with shard=true: quantised weights cannot be cut into "
+                "pieces. Leave one of them out."
+            )
         if self.quantize and not self.lora:
             raise ValueError(
                 f"quantize={self.quantize} without lora: quantised weights cannot be trained. "

@@ -5,6 +5,7 @@
     ├── DataError          data sets, rows, columns, prompts                         (ValueError)
     ├── ModelError         model directories, tokenizers, vocabularies               (ValueError)
     ├── TrainingError      training that cannot go on: bad numbers, no memory (ArithmeticError)
+    ├── ProcessError       one of several processes is gone                        (RuntimeError)
     ├── RunDirError        run directories: occupied, not writable, disk full        (OSError)
     ├── PublishError       models that cannot be written out or pushed to the hub        (OSError)
     ├── JudgeError         a judge that cannot be asked                              (OSError)
@@ -34,6 +35,10 @@ class ModelError(SrppoError, ValueError):
 
 class TrainingError(SrppoError, ArithmeticError):
     """Training that would go on for nothing, or cannot."""
+
+
+class ProcessError(SrppoError, RuntimeError):
+    """Another process of the same run went away."""
 
 
 class RunDirError(SrppoError, OSError):

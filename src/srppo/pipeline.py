@@ -14,6 +14,7 @@ from typing import Any
 
 import transformers
 
+from srppo import distributed
 from srppo.config import PPOConfig, Recipe
 from srppo.data.chat import apply_template, closing
 from srppo.data.describe import describe_all, describe_used
@@ -66,11 +67,17 @@ class Run:
         transformers.logging.set_verbosity_error()
         transformers.logging.disable_progress_bar()
         self.recipe = recipe
-        self.reporter = reporter or Reporter()
+        self.reporter = reporter or Reporter(quiet=not distributed.is_first())
         self.budget = Budget(recipe.ppo.max_tokens_per_batch, self.reporter.line)
         """Of passes that train nothing: audit and evaluation."""
         if recipe.model.quantize:
             require_quantizer(recipe.model.quantize)
+        if distributed.size() > 1 and (alone := recipe.for_one_process):
+            raise ConfigError(
+                f"{' and '.join(alone)}: done by one process only, and there are "
+                f"{distributed.size()}. Leave that out here; `srppo eval`, or a run with "
+                "model.sft and --nproc 1, does it afterwards."
+            )
         self.tokenizer = start_tokenizer(recipe.model)
         apply_template(self.tokenizer)
         check_context(recipe.model, recipe.data)
@@ -82,7 +89,7 @@ class Run:
                 "curve to find it on. Set data.held_out, or ppo.kl_coef=0.2."
             )
         inputs = self._inputs()
-        if fresh and (old := move_aside(recipe)):
+        if fresh and (old := distributed.from_first(lambda: move_aside(recipe))):
             self.reporter.line(f"starting over: the run that was there is now {old}")
         made_by = {"name": recipe.name, **provenance(recipe, source)}
         self.dir = RunDir.open(recipe, made_by, inputs, allow_change=allow_change)
@@ -187,8 +194,8 @@ class Run:
 
     def report(self) -> Path:
         """The HTML page, and the cards of the models."""
-        write_cards(self.dir.path)
-        return build(self.dir.path)
+        distributed.from_first(lambda: write_cards(self.dir.path))
+        return distributed.from_first(lambda: build(self.dir.path))
 
     def all(self) -> dict[str, Any]:
         """All stages; the results."""
@@ -327,7 +334,9 @@ class Run:
         names = [self.data.reports.get(r, {}).get("source") for r in ("demonstrations", "prompts")]
         data = " and ".join(filter(None, names))
         models = filter(None, dict.fromkeys([model.base, model.sft]))
-        return {data: data_fingerprint(self.data), **{m: model_fingerprint(m) for m in models}}
+        return {data: data_fingerprint(self.data)} | distributed.from_first(
+            lambda: {m: model_fingerprint(m) for m in models}
+        )
 
     def _require_sft(self, stage: str) -> None:
         if not self.recipe.model.sft and not self.dir.is_done("sft"):

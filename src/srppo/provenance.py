@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from srppo import distributed
 from srppo.config import Recipe
 
 
@@ -39,6 +40,7 @@ def provenance(recipe: Recipe, source: str) -> dict[str, Any]:
             "processor": platform.processor() or platform.machine(),
             "cores": os.cpu_count(),
             "threads": torch.get_num_threads(),
+            "processes": distributed.size(),
             "memory_gib": round(
                 os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1
             ),

@@ -76,7 +76,7 @@ class Training:
     ) -> None:
         """Stage 2; `curve` measures the policy at the steps of `eval.every`."""
         stage = "ppo" if name == "policy" else name
-        roles = Roles.begin(base, sft, critic=config.estimator == "ppo")
+        roles = Roles.begin(base, sft, config.estimator == "ppo", config.compute)
         budget = Budget(config.max_tokens_per_batch, self.reporter.line)
         sampler = self._sampler(roles.policy, config, budget, roles.critic)
         keeper = self._keeper(stage)

@@ -16,6 +16,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
+from srppo import distributed
 from srppo.algo.masking import masked_sum
 from srppo.data.chat import Example
 from srppo.data.prompts import Prompt
@@ -214,7 +215,7 @@ def _scores(
     scorer: Scorer, rows: list[Row], texts: list[str], ended: list[bool]
 ) -> dict[str, list[float]]:
     try:
-        scores = scorer(rows, texts, ended)
+        scores = distributed.from_first(lambda: scorer(rows, texts, ended))
         return {name: [float(v) for v in values] for name, values in scores.items()}
     except SrppoError:
         raise

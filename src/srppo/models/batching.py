@@ -16,6 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from srppo import distributed
+
 MAX_PADDING = 0.04
 """A batch is closed before padding exceeds this share of it..."""
 MIN_TOKENS = 128
@@ -105,14 +107,34 @@ def make_batch(sequences: Sequences, rows: Tensor, device: torch.device) -> Batc
 def microbatches(
     sequences: Sequences, rows: Tensor, max_tokens: int, device: torch.device
 ) -> Iterator[Batch]:
-    """The given rows in batches of at most `max_tokens` tokens, padding included.
+    """This process's share of the given rows in batches of at most `max_tokens` tokens, padding
+    included; every process gets the same number of batches, the last ones may be idle.
 
     Longest first, so that memory is known at once. A row longer than `max_tokens` is a batch of
     its own.
     """
     lengths = input_lengths(sequences, rows)
-    for places in cut(lengths, max_tokens):
+    plans = [
+        [[share[k] for k in group] for group in cut([lengths[i] for i in share], max_tokens)]
+        for share in distributed.shares(lengths)
+    ]
+    mine = plans[distributed.rank()]
+    for places in mine:
         yield make_batch(sequences, rows[places], device)
+    for _ in range(max(map(len, plans)) - len(mine)):
+        yield idle_batch(sequences, device)
+
+
+def idle_batch(sequences: Sequences, device: torch.device) -> Batch:
+    """One input without a response token: a pass over it takes part in what all processes do, and
+    adds nothing."""
+    return Batch(
+        rows=torch.zeros(1, dtype=torch.int64),
+        mask=torch.zeros_like(sequences.mask[:1]),
+        input_ids=torch.tensor([sequences.prompt_ids[0][:1]], device=device),
+        predictors=torch.zeros(0, dtype=torch.int64, device=device),
+        response_ids=torch.zeros(0, dtype=torch.int64, device=device),
+    )
 
 
 def input_lengths(sequences: Sequences, rows: Tensor) -> list[int]:

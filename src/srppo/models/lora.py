@@ -25,7 +25,9 @@ from transformers import PreTrainedModel
 from srppo.config import LoRAConfig
 from srppo.errors import ModelError
 from srppo.models.load import LOAD_ERRORS, cannot_load
+from srppo.models.precision import Compute
 from srppo.models.roles import Role
+from srppo.models.sharding import gathered
 from srppo.models.untrusted import check_directory
 
 
@@ -110,7 +112,8 @@ class Backbone:
         before = self.in_force
         self._switch(adapter)
         try:
-            yield self.model
+            with gathered(self.model):
+                yield self.model
         finally:
             self._switch(before)
 
@@ -171,7 +174,7 @@ class AdapterRole(Role):
         """As it is: nothing but the policy's adapter is ever trained."""
         return self
 
-    def successor(self) -> Role:
+    def successor(self, compute: Compute = "float32") -> Role:
         """An adapter of its own, equal to this role, trained and in force from now on."""
         return self.backbone.copy(self.adapter) if self.adapter else self.backbone.new()
 

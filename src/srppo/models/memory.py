@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from srppo import distributed
 from srppo.errors import ModelError, TrainingError
 
 T = TypeVar("T")
@@ -47,6 +48,12 @@ class Budget:
                     raise
                 reason = (str(e) or repr(e)).splitlines()[0]
             # Out of the handler: the error's frames would keep alive what did not fit.
+            if distributed.size() > 1:  # they would no longer do the same number of passes
+                raise TrainingError(
+                    f"memory ran out in {distributed.name()} ({reason}): several processes cannot "
+                    "try smaller passes on their own. Lower ppo.max_tokens_per_batch or "
+                    "sft.micro_batch_size, or set gradient_checkpointing=true."
+                )
             undo()
             gc.collect()
             if torch.cuda.is_available():

@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
-from transformers import PreTrainedModel
+from torch import Tensor, nn
+from transformers import GenerationConfig, PreTrainedModel
 
 from srppo.models.load import frozen_copy, load_model
+from srppo.models.precision import Compute
+from srppo.models.sharding import gathered, in_float32, load_sharded, whole, whole_weights
 from srppo.models.value_head import ValueHead
 
 
@@ -55,6 +57,12 @@ class Role:
             self.model.to("cpu")
             self._here = False
 
+    @contextmanager
+    def decoding(self) -> Iterator[PreTrainedModel]:
+        """`active`, and each process may call it as often as it likes: all weights are here."""
+        with self.active() as model, whole(model):
+            yield model
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """What the model's forward returns."""
         with self.active() as model:
@@ -69,8 +77,11 @@ class Role:
         self.model.requires_grad_(False)
         return self
 
-    def successor(self) -> Role:
-        """What training starts from: equal to this role, float32, with weights of its own."""
+    def successor(self, compute: Compute = "float32") -> Role:
+        """What training starts from: equal to this role, float32, with weights of its own.
+
+        `compute`: the format in which sharded layers are gathered; others ignore it.
+        """
         model = frozen_copy(self.model).float().to(self.device)
         return Role(model.requires_grad_(True))
 
@@ -79,10 +90,55 @@ class Role:
         dtype = str(self.model.dtype).removeprefix("torch.")
         return Role(load_model(str(directory), dtype, str(self.device))).freeze()
 
-    def save_pretrained(self, directory: str | Path) -> None:
-        """Write a directory that transformers can load."""
+    def whole_weights(self) -> dict[str, Tensor] | None:
+        """What `save_pretrained` takes; all processes ask for it, one saves. None: its own."""
+        return None
+
+    def save_pretrained(
+        self,
+        directory: str | Path,
+        generation: GenerationConfig,
+        weights: dict[str, Tensor] | None = None,
+    ) -> None:
+        """Write a directory that transformers can load, with how it generates."""
         with self.active() as model:
+            # The base's own may contradict itself (a temperature, no sampling): it is not saved.
+            model.generation_config = generation
             model.save_pretrained(directory)
+
+
+class ShardedRole(Role):
+    """Its weights are its own, in pieces over all processes, which call every method together."""
+
+    @contextmanager
+    def active(self) -> Iterator[PreTrainedModel]:
+        """The transformers model, `gathered`."""
+        with gathered(self.model):
+            yield self.model
+
+    def successor(self, compute: Compute = "float32") -> Role:
+        """Sharded as well."""
+        return ShardedRole(in_float32(self.model, compute).requires_grad_(True), self.device)
+
+    def sibling(self, directory: str | Path) -> Role:
+        """Sharded as well."""
+        dtype = str(self.model.dtype).removeprefix("torch.")
+        model = load_sharded(str(directory), dtype, str(self.device))
+        return ShardedRole(model, self.device).freeze()
+
+    def whole_weights(self) -> dict[str, Tensor] | None:
+        """Of the model; empty in all processes but the first."""
+        return whole_weights(self.model)
+
+    def save_pretrained(
+        self,
+        directory: str | Path,
+        generation: GenerationConfig,
+        weights: dict[str, Tensor] | None = None,
+    ) -> None:
+        """One process does this alone, with what all have gathered."""
+        self.model.generation_config = generation
+        self.model.save_pretrained(directory, state_dict=weights)
 
 
 @dataclass
@@ -99,9 +155,14 @@ class Roles:
     critic: ValueHead | None = None
 
     @staticmethod
-    def begin(base: Role | PreTrainedModel, sft: Role | PreTrainedModel, critic: bool) -> Roles:
-        """The roles at the start of stage 2."""
+    def begin(
+        base: Role | PreTrainedModel,
+        sft: Role | PreTrainedModel,
+        critic: bool,
+        compute: Compute = "float32",
+    ) -> Roles:
+        """The roles at the start of stage 2; `compute` as for `Role.successor`."""
         base, sft = Role.of(base).freeze(), Role.of(sft).freeze()
         with sft.active() as model:
             value = ValueHead(model) if critic else None
-        return Roles(base=base, sft=sft, policy=sft.successor(), critic=value)
+        return Roles(base=base, sft=sft, policy=sft.successor(compute), critic=value)

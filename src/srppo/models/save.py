@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
@@ -19,13 +20,13 @@ def save(
     tokenizer: PreTrainedTokenizerBase,
     directory: Path,
     generation: GenerationConfig,
+    weights: dict[str, Tensor] | None = None,
 ) -> None:
-    """Write a directory that transformers, or peft for an adapter, can load."""
-    role = Role.of(model)
-    with role.active() as active:
-        # The base's own may contradict itself (a temperature, no sampling), and is then not saved.
-        active.generation_config = generation
-        role.save_pretrained(directory)
+    """Write a directory that transformers, or peft for an adapter, can load.
+
+    `weights`: the role's `whole_weights`, where it is sharded.
+    """
+    Role.of(model).save_pretrained(directory, generation, weights)
     tokenizer.save_pretrained(directory)
     generation.save_pretrained(directory)  # an adapter is saved without
 

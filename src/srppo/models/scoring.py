@@ -5,12 +5,14 @@ tokens only, and over a chunk of them at a time.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
+from srppo import distributed
 from srppo.algo.logprobs import chunk_size, token_logprobs
 from srppo.models.batching import Batch, Sequences, microbatches
 from srppo.models.roles import Role
@@ -25,9 +27,16 @@ class _SkippedTrunk(BaseModelOutputWithPast):
             raise AttributeError(name)
 
 
+def trunk_states(model: PreTrainedModel, **inputs: Any) -> Tensor:
+    """(b, S, H) the trunk's last hidden states. Sharded weights are gathered on the way."""
+    read = getattr(model, "read", None)
+    hidden: Tensor = read(**inputs) if read else model.base_model(**inputs).last_hidden_state
+    return hidden
+
+
 def hidden_states(model: PreTrainedModel, batch: Batch) -> Tensor:
     """(n, H) what the output head reads to predict each response token."""
-    hidden: Tensor = model.base_model(input_ids=batch.input_ids, use_cache=False).last_hidden_state
+    hidden = trunk_states(model, input_ids=batch.input_ids, use_cache=False)
     return hidden.flatten(0, 1).index_select(0, batch.predictors)
 
 
@@ -35,14 +44,15 @@ def output_logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:
     """(n, V) logits of (n, H) hidden states.
 
     By the model's own `forward` with its trunk skipped, so that whatever an architecture does to
-    its logits (soft caps, scales, biases) is done.
+    its logits (soft caps, scales, biases) is done. Of a sharded model it is the forward alone: what
+    gathers weights around it belongs to the trunk.
     """
     trunk = model.base_model
     own = trunk.__dict__.get("forward")
     trunk.forward = lambda *args, **kwargs: _SkippedTrunk(last_hidden_state=hidden[None])
     try:
         ids = torch.zeros(1, 1, dtype=torch.int64, device=hidden.device)  # for the skipped trunk
-        logits: Tensor = model(input_ids=ids, use_cache=False).logits
+        logits: Tensor = model.forward(input_ids=ids, use_cache=False).logits
     finally:
         if own is None:  # nothing may stay that refers to the trunk: it would keep itself alive
             del trunk.forward
@@ -54,7 +64,7 @@ def output_logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:
 def chunks(model: PreTrainedModel, batch: Batch) -> Iterator[slice]:
     """The batch's tokens in pieces whose logits are small."""
     size = chunk_size(model.config.get_text_config().vocab_size, batch.input_ids.device)
-    for start in range(0, len(batch), size):
+    for start in range(0, len(batch) or 1, size):  # of an idle batch, one that is empty
         yield slice(start, start + size)
 
 
@@ -81,6 +91,7 @@ def score_with_values(
             batch.put(logprobs, torch.cat(parts))
             if critic:
                 batch.put(units, critic.units(hidden))
+    distributed.add([logprobs, units])
     return logprobs, units
 
 
@@ -95,8 +106,9 @@ def response_states(model: Role | PreTrainedModel, sequences: Sequences, max_tok
         for batch in microbatches(sequences, rows, max_tokens, role.device):
             hidden = hidden_states(active, batch).cpu()
             if states is None:
-                states = hidden.new_empty(int(sequences.mask.sum()), hidden.shape[-1])
+                states = hidden.new_zeros(int(sequences.mask.sum()), hidden.shape[-1])
             row, t = batch.mask.nonzero(as_tuple=True)
             states[starts[batch.rows][row] + t] = hidden
     assert states is not None  # no rollout is empty
+    distributed.add([states])
     return states

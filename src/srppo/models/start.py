@@ -6,6 +6,7 @@ from pathlib import Path
 
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
+from srppo import distributed
 from srppo.config_data import DataConfig
 from srppo.config_model import LoRAConfig, ModelConfig
 from srppo.errors import ConfigError, ModelError
@@ -19,7 +20,8 @@ from srppo.models.load import (
     pick_device,
 )
 from srppo.models.lora import Backbone
-from srppo.models.roles import Role
+from srppo.models.roles import Role, ShardedRole
+from srppo.models.sharding import load_sharded
 
 
 def start_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
@@ -70,6 +72,8 @@ def _backbone(name: str, config: ModelConfig, lora: LoRAConfig, seed: int) -> Ba
             f"model.base={name!r} is an adapter: another one over it could not be saved on its "
             "own. Merge it into its base model, and give that."
         )
+    if config.shard and distributed.is_joined():
+        return Backbone(load_sharded(name, config.dtype, config.device), lora, seed)
     model = load_model(name, config.dtype, config.device, quantize=config.quantize)
     return Backbone(model, lora, seed)
 
@@ -77,11 +81,15 @@ def _backbone(name: str, config: ModelConfig, lora: LoRAConfig, seed: int) -> Ba
 def _frozen(name: str, config: ModelConfig) -> Role:
     """With weights of its own; with `model.offload`, in CPU memory until it is active."""
     device = pick_device(config.device)
+    below = config.base if name != config.base else None
+    if config.shard and distributed.is_joined():
+        pieces = load_sharded(name, config.dtype, config.device, base=below, offload=config.offload)
+        return ShardedRole(pieces, device).freeze()
     model = load_model(
         name,
         config.dtype,
         "cpu" if config.offload else config.device,
         quantize=config.quantize,
-        base=config.base if name != config.base else None,
+        base=below,
     )
     return Role(model, device).freeze()

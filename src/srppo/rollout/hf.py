@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
+from srppo import distributed
 from srppo.algo.optimum import extrapolate
 from srppo.errors import ModelError
 from srppo.models.batching import Sequences
 from srppo.models.memory import Budget
 from srppo.models.precision import Compute, computing
 from srppo.models.roles import Role
-from srppo.models.scoring import output_logits
+from srppo.models.scoring import output_logits, trunk_states
 from srppo.models.value_head import ValueHead
 from srppo.rollout.cache import growing_cache, without
 from srppo.rollout.sampler import Rollout
@@ -30,7 +31,8 @@ class HFSampler:
 
     Randomness is one uniform number per response and position, drawn before anything else, and
     inverted through the cumulative distribution: what a response becomes depends on the seed and
-    its place in the list, not on how the list is cut into batches.
+    its place in the list, not on how the list is cut into batches or dealt out to processes. Every
+    process returns the whole rollout.
     """
 
     def __init__(
@@ -74,31 +76,35 @@ class HFSampler:
         logprobs, units = torch.zeros(2, N, T)
         lengths = torch.zeros(N, dtype=torch.int64)
         ended = torch.zeros(N, dtype=torch.bool)
-        order = sorted(range(N), key=lambda i: (len(prompts[i]), i))
-        while order:
-            width = T + len(prompts[order[-1]])  # the longest of those that remain
+        mine = distributed.shares([len(p) for p in prompts])[distributed.rank()]
+        order = sorted(mine, key=lambda i: (len(prompts[i]), i))
+        with ExitStack() as stack:
+            for model in self.models:  # once for all decoding, not for every token
+                stack.enter_context(model.decoding())
+            stack.enter_context(computing(self.compute, self.models[0].device))
+            while order:
+                width = T + len(prompts[order[-1]])  # the longest of those that remain
 
-            def decode(tokens: int, width: int = width) -> Tensor:
-                rows = torch.tensor(order[-max(1, tokens // width) :])
-                some = [prompts[i] for i in rows.tolist()]
-                with ExitStack() as stack:
-                    for model in self.models:  # once for the whole decoding, not for every token
-                        stack.enter_context(model.active())
-                    stack.enter_context(computing(self.compute, self.models[0].device))
+                def decode(tokens: int, width: int = width) -> Tensor:
+                    rows = torch.tensor(order[-max(1, tokens // width) :])
+                    some = [prompts[i] for i in rows.tolist()]
                     ids[rows], logprobs[rows], units[rows], lengths[rows], ended[rows] = (
                         self._decode(some, uniforms[rows], temperature)
                     )
-                return rows
+                    return rows
 
-            rows = self.budget.fit(decode)
-            del order[-len(rows) :]
-            progress(len(rows))
+                rows = self.budget.fit(decode)
+                del order[-len(rows) :]
+                progress(len(rows))
+        ends = ended.long()
+        distributed.add([ids, logprobs, units, lengths, ends])
+        progress(N - len(mine))
         longest = int(lengths.max())
         mask = torch.arange(longest) < lengths[:, None]
         return Rollout(
             Sequences(prompts, ids[:, :longest], mask),
             logprobs[:, :longest],
-            ended,
+            ends.bool(),
             exact=temperature == 1 and len(self.models) == 1 and self._in_float32,
             value_units=units[:, :longest] if self.critic else None,
         )
@@ -170,14 +176,15 @@ class HFSampler:
         hidden = []
         for role, cache in zip(self.models, caches, strict=True):
             with role.active() as model:
-                outputs = model.base_model(
+                states = trunk_states(
+                    model,
                     input_ids=ids,
                     attention_mask=attention_mask,
                     position_ids=places,
                     past_key_values=cache,
                     use_cache=True,
                 )
-            hidden.append(outputs.last_hidden_state[:, -1])
+            hidden.append(states[:, -1])
         return hidden
 
     def _distribution(self, hidden: list[Tensor], temperature: float) -> Tensor:

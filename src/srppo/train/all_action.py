@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from srppo import distributed
 from srppo.algo.all_action import expected_gain, soft_rewards
 from srppo.algo.logprobs import token_logprobs
 from srppo.config import PPOConfig
@@ -83,4 +84,5 @@ def score_all_actions(
             found = torch.cat(parts, dim=1)
             for into, values in zip((policy, sft, base, gains), found, strict=True):
                 batch.put(into, values)
+    distributed.add([policy, sft, base, gains])
     return policy, sft, base, gains

@@ -13,9 +13,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
+from srppo import distributed
 from srppo.algo.optimum import extrapolated_nll
 from srppo.algo.reward import log_ratio_reward
 from srppo.config import PPOConfig
@@ -108,6 +110,7 @@ def lambda_curve(
                 sft_logits = output_logits(sft.model, sft_hidden[some])
                 ids = batch.response_ids[some]
                 total += extrapolated_nll(base_logits, sft_logits, ids, lams).sum(1).cpu()
+    distributed.add([total])
     nll_of = dict(zip(lams.tolist(), (total / len(y)).tolist(), strict=True))
     star = min(nll_of, key=nll_of.__getitem__)
     recipe = wanted or star
@@ -153,9 +156,10 @@ def rounding_error(
     base: Role | PreTrainedModel, sft: Role | PreTrainedModel, y: Sequences, ratios: Tensor
 ) -> dict[str, float] | None:
     """How far rounding in the models' number format moves the reward: nats a response, over the
-    first few, against the same weights in float32. None: quantised weights have no such twin."""
+    first few, against the same weights in float32. None: quantised weights have no such twin, and
+    that of sharded ones might not fit."""
     models = [Role.of(sft), Role.of(base)]
-    if any(is_quantized(m.model) for m in models):
+    if any(is_quantized(m.model) or isinstance(m.model, FSDPModule) for m in models):
         return None
     if all(m.model.dtype == torch.float32 for m in models):
         return {"mean": 0.0, "max": 0.0}

@@ -13,9 +13,11 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
+from srppo import distributed
 from srppo.config import Recipe
 from srppo.errors import RunDirError
 from srppo.models.roles import Role
@@ -31,9 +33,12 @@ CODE = ("srppo_version", "commit", "versions")
 
 
 class RunDir:
-    """A directory that belongs to one recipe and one process. Stages that are done stay done."""
+    """A directory that belongs to one recipe and one process. Stages that are done stay done.
 
-    def __init__(self, path: Path, record: dict[str, Any], lock: Lock) -> None:
+    Of several processes the first one owns it and writes; all of them call alike.
+    """
+
+    def __init__(self, path: Path, record: dict[str, Any], lock: Lock | None) -> None:
         self.path = path
         self.record = record
         """What run.json holds."""
@@ -58,6 +63,20 @@ class RunDir:
             RunDirError: it holds something else, another process runs it, or it cannot be written.
         """
         path = recipe.run_dir
+        if not distributed.is_first():
+            record: dict[str, Any] = distributed.from_first(dict)
+            if not (path / "run.json").is_file():
+                raise RunDirError(
+                    f"{path} is not the same directory for {distributed.name()} as for the first "
+                    "one: models that one writes could not be read by all. Set output_dir to a "
+                    "directory that all machines share."
+                )
+            if record["inputs"] != (inputs or {}):
+                raise RunDirError(
+                    f"{distributed.name()} reads other data or models than the first one: they "
+                    "would train on different things. Give all machines the same files."
+                )
+            return RunDir(path, record, None)
         wanted = {**provenance, "recipe": recipe.model_dump(mode="json"), "inputs": inputs or {}}
         with writing(path):
             path.mkdir(parents=True, exist_ok=True)
@@ -76,6 +95,7 @@ class RunDir:
             run = RunDir(path, {**wanted, "stages": {}}, lock)
             run.save_record()
         run.write_text("recipe.yaml", _yaml(wanted["recipe"]))
+        distributed.from_first(lambda: run.record)
         return run
 
     def _go_on(self, wanted: dict[str, Any], allow_change: bool) -> None:
@@ -143,17 +163,18 @@ class RunDir:
 
     def write_text(self, name: str, text: str) -> None:
         """Write a file aside, then rename it into place."""
-        write_text(self.path / name, text, self.path)
+        if distributed.is_first():
+            write_text(self.path / name, text, self.path)
 
     def remove(self, name: str) -> None:
         """A directory of the run, if it is there."""
         with writing(self.path / name):
-            if (self.path / name).exists():
+            if distributed.is_first() and (self.path / name).exists():
                 shutil.rmtree(self.path / name)
 
     def read_json(self, name: str) -> Any:
         """A JSON file of the run. Raises RunDirError if it is missing or unreadable."""
-        return read_json(self.path / name)
+        return distributed.from_first(lambda: read_json(self.path / name))
 
     def save_model(
         self, name: str, model: Role | PreTrainedModel, tokenizer: PreTrainedTokenizerBase
@@ -161,12 +182,24 @@ class RunDir:
         """A Hugging Face model directory, written aside and renamed into place."""
         longest = self.record["recipe"]["data"]["max_response_tokens"]
         target = self.path / name
+        weights = Role.of(model).whole_weights()
+        distributed.from_first(lambda: self._save_model(target, model, tokenizer, longest, weights))
+        return target
+
+    def _save_model(
+        self,
+        target: Path,
+        model: Role | PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        longest: int,
+        weights: dict[str, Tensor] | None,
+    ) -> None:
         aside = target.with_name(target.name + ".part")
         with writing(target):
             make_folder(target.parent, self.path)
             shutil.rmtree(aside, ignore_errors=True)  # of a crash
             try:
-                save(model, tokenizer, aside, as_trained(tokenizer, longest))
+                save(model, tokenizer, aside, as_trained(tokenizer, longest), weights)
                 flush(aside)
                 if target.exists():
                     shutil.rmtree(target)
@@ -174,7 +207,6 @@ class RunDir:
                 flush(target.parent, deep=False)
             finally:
                 shutil.rmtree(aside, ignore_errors=True)
-        return target
 
 
 def move_aside(recipe: Recipe) -> Path | None:

@@ -9,15 +9,22 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from srppo import distributed
 from srppo.train.files import make_folder, writing
 
 
 class MetricsLog:
-    """`log(step, values)`. Keys that start with `time/` differ between equal runs; no others do."""
+    """`log(step, values)`. Keys that start with `time/` differ between equal runs; no others do.
+
+    Of several processes the first one writes.
+    """
 
     def __init__(self, run_dir: Path, stage: str, begun: str = "") -> None:
         """Starts metrics/STAGE.jsonl anew, with the lines of `begun`, which TensorBoard has."""
         self.path = run_dir / "metrics" / f"{stage}.jsonl"
+        self._writes = distributed.is_first()
+        if not self._writes:
+            return
         with writing(self.path):
             make_folder(self.path.parent, run_dir)
             self._file = self.path.open("w", encoding="utf-8")
@@ -35,6 +42,8 @@ class MetricsLog:
 
     def log(self, step: int, values: dict[str, float]) -> None:
         """One line; numbers that JSON cannot hold (nan, inf) are written as null."""
+        if not self._writes:
+            return
         finite = {k: v if math.isfinite(v) else None for k, v in values.items()}
         with writing(self.path):
             self._file.write(json.dumps({"step": step, **finite}) + "\n")
@@ -46,6 +55,8 @@ class MetricsLog:
 
     def flush(self) -> None:
         """What was logged is in files, TensorBoard's too."""
+        if not self._writes:
+            return
         with writing(self.path):
             self._file.flush()
             if self._board is not None:
@@ -60,6 +71,8 @@ class MetricsLog:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        if not self._writes:
+            return
         with writing(self.path):
             self._file.close()  # tries again to write what a full disk refused
             if self._board is not None:

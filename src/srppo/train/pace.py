@@ -8,6 +8,7 @@ from contextlib import contextmanager
 
 import torch
 
+from srppo import distributed
 from srppo.config import PPOConfig
 from srppo.models.precision import computing
 from srppo.models.roles import Roles
@@ -63,7 +64,7 @@ class Pace:
         return {
             **{f"time/{phase}": value for phase, value in seconds.items()},
             "time/tokens_per_second": sum(lengths) / working,
-            "time/attainable_share": flops.total / working / self.rate,
+            "time/attainable_share": flops.total / working / (self.rate * distributed.size()),
         }
 
 

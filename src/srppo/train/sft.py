@@ -27,8 +27,10 @@ from transformers.trainer import TRAINER_STATE_NAME
 from trl import SFTConfig as TRLConfig
 from trl import SFTTrainer
 
+from srppo import distributed
 from srppo.config import SFTConfig
 from srppo.data.demonstrations import Example
+from srppo.errors import ConfigError
 from srppo.models.memory import Budget, activation_checkpointing
 from srppo.progress import Advance, Reporter
 from srppo.train.metrics import MetricsLog
@@ -58,9 +60,8 @@ def train_sft(
     as `config.loss` says.
     Source: arXiv:2510.21090, stage 1.
     """
-    micro = min(config.micro_batch_size, config.batch_size, len(examples))
-    accumulation = math.ceil(min(config.batch_size, len(examples)) / micro)
-    steps = config.epochs * math.ceil(len(examples) / (micro * accumulation))
+    micro, accumulation = batching(config, len(examples))
+    steps = config.epochs * math.ceil(len(examples) / (micro * accumulation * distributed.size()))
     trained = [p for p in model.parameters() if p.requires_grad]
     rows = [_row(e) for e in examples]
     if config.loss in WEIGHTS_OF:
@@ -96,6 +97,7 @@ def train_sft(
             report_to="none",
             disable_tqdm=True,
             dataloader_pin_memory=False,
+            ddp_find_unused_parameters=False,
         )
         if arguments.n_gpu > 1:
             arguments._n_gpu = 1  # one process, one GPU; the trainer would split batches over all
@@ -123,6 +125,28 @@ def train_sft(
                 found = keeper and keeper.found
                 trainer.train(resume_from_checkpoint=str(found.path) if found else None)
     return model.eval()
+
+
+def batching(config: SFTConfig, n: int) -> tuple[int, int]:
+    """Demonstrations per forward pass of one process, and passes per optimizer step, with n in all.
+
+    All processes together take `batch_size` a step. They divide the last batch of an epoch with
+    the help of demonstrations from its beginning, where it cannot be divided otherwise.
+
+    Raises:
+        ConfigError: they cannot take as many.
+    """
+    size = distributed.size()
+    if config.batch_size % size:
+        raise ConfigError(
+            f"sft.batch_size={config.batch_size} cannot be divided among {size} processes: steps "
+            "would see another number of demonstrations than asked for. Try sft.batch_size="
+            f"{size * math.ceil(config.batch_size / size)}."
+        )
+    each = math.ceil(min(config.batch_size, n) / size)
+    fitting = range(1, min(config.micro_batch_size, each) + 1)
+    micro = max(m for m in fitting if each % m == 0)
+    return micro, each // micro
 
 
 def _row(example: Example) -> dict[str, list[Any]]:

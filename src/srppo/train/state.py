@@ -3,6 +3,7 @@
     checkpoints/STAGE/step-000012/
         tensors.safetensors   weights, optimizers, random states
         state.json            everything else, and where each tensor belongs
+        pieces/               of tensors that several processes share
         metrics.jsonl         the log up to that step
         manifest.json         sha256 of each of them
 
@@ -24,15 +25,19 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from srppo import distributed
 from srppo.errors import RunDirError
 from srppo.train.files import flush, make_folder, writing
+from srppo.train.pieces import as_held, load_pieces, save_pieces
 
 Tree = dict[str, Any]
 """Nested dictionaries and lists of tensors and of what JSON holds."""
-TENSORS, STATE, METRICS, MANIFEST = (
+TENSORS, PIECES, STATE, METRICS, MANIFEST = (
     "tensors.safetensors",
+    "pieces",
     "state.json",
     "metrics.jsonl",
     "manifest.json",
@@ -52,9 +57,12 @@ class Checkpoint:
         return (self.path / METRICS).read_text(encoding="utf-8")
 
     def read(self) -> Tree:
-        """What was saved; tensors on the CPU."""
+        """What was saved; whole tensors on the CPU."""
         tree = json.loads((self.path / STATE).read_text(encoding="utf-8"))
-        joined: Tree = _join(tree, load_file(self.path / TENSORS))
+        tensors = load_file(self.path / TENSORS)
+        if (self.path / PIECES).is_dir():
+            tensors |= load_pieces(self.path / PIECES)
+        joined: Tree = _join(tree, tensors)
         return joined
 
 
@@ -69,7 +77,7 @@ class Checkpoints:
         self.run_dir = run_dir
         self.folder = run_dir / "checkpoints" / stage
         self.keep = keep
-        self.newest = self._find(say)
+        self.newest = distributed.from_first(lambda: self._find(say))
         """What to go on from; None: the stage begins."""
 
     def save(self, step: int, tree: Tree, log: Path, more: dict[str, str] | None = None) -> None:
@@ -85,12 +93,20 @@ class Checkpoints:
         target = self._of(step)
         aside = target.with_name(target.name + ".part")
         tensors: dict[str, Tensor] = {}
+        plain = json.dumps(_split(tree, "", tensors))
+        pieces = {k: x for k, x in tensors.items() if isinstance(x, DTensor)}
+        whole = {k: x.cpu().contiguous() for k, x in tensors.items() if k not in pieces}
         with writing(target):
-            shutil.rmtree(aside, ignore_errors=True)  # of a crash
-            make_folder(aside, self.run_dir)
+            if distributed.is_first():
+                shutil.rmtree(aside, ignore_errors=True)  # of a crash
+                make_folder(aside / PIECES if pieces else aside, self.run_dir)
+            if pieces:
+                distributed.any_of(False)  # the folder is there
+                save_pieces(pieces, aside / PIECES)
+            if not distributed.is_first():
+                return
             try:
-                plain = json.dumps(_split(tree, "", tensors))
-                save_file(tensors, aside / TENSORS)
+                save_file(whole, aside / TENSORS)
                 (aside / STATE).write_text(plain, encoding="utf-8")
                 shutil.copyfile(log, aside / METRICS)
                 for name, text in (more or {}).items():
@@ -113,10 +129,13 @@ class Checkpoints:
         latter's path."""
         folder = self.run_dir / "bad" / self.folder.relative_to(self.run_dir / "checkpoints")
         path = folder / f"step-{step:06d}.json"
+        if not distributed.is_first():
+            return path
         with writing(path):
             make_folder(folder, self.run_dir)
             tensors: dict[str, Tensor] = {}
             content = json.dumps({**facts, "batch": _split(batch, "", tensors)}, indent=1)
+            tensors = {name: x.cpu().contiguous() for name, x in tensors.items()}
             save_file(tensors, path.with_suffix(".safetensors"))
             path.write_text(content + "\n", encoding="utf-8")
         return path
@@ -142,10 +161,12 @@ class Checkpoints:
 def manifest(directory: Path) -> str:
     """The sha256 of every file in it but the manifest, as JSON."""
     digests = {}
-    for path in sorted(directory.iterdir()):
-        if path.name != MANIFEST:
+    for path in sorted(directory.rglob("*")):
+        if path.is_file() and path.name != MANIFEST:
             with path.open("rb") as file:
-                digests[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+                digests[str(path.relative_to(directory))] = hashlib.file_digest(
+                    file, "sha256"
+                ).hexdigest()
     return json.dumps(digests, indent=1) + "\n"
 
 
@@ -169,7 +190,7 @@ def damage_of(directory: Path) -> str | None:
 def _split(value: Any, place: str, tensors: dict[str, Tensor]) -> Any:
     """`value` as JSON; its tensors go into `tensors`, and leave their place there."""
     if isinstance(value, Tensor):
-        tensors[place] = value.detach().cpu().contiguous()
+        tensors[place] = value.detach()
         return {"tensor": place}
     if isinstance(value, dict):
         return {str(k): _split(v, f"{place}.{k}".lstrip("."), tensors) for k, v in value.items()}
@@ -197,7 +218,7 @@ def load_tensors(into: Iterable[Tensor], saved: list[Tensor]) -> None:
         raise misfit(f"{len(saved)} tensors, {len(into)} are wanted, or of other shapes")
     with torch.no_grad():
         for ours, theirs in zip(into, saved, strict=True):
-            ours.copy_(theirs)
+            ours.copy_(as_held(theirs, ours))
 
 
 def optimizer_state(optimizer: Optimizer) -> Tree:
@@ -210,7 +231,14 @@ def load_optimizer(optimizer: Optimizer, saved: Tree) -> None:
     kind = type(optimizer).__name__
     if saved["kind"] != kind:
         raise misfit(f"its optimizer is {saved['kind']}, {kind} is wanted")
-    state = {int(place): values for place, values in saved["state"].items()}
+    weights = [p for group in optimizer.param_groups for p in group["params"]]
+    state = {
+        int(place): {
+            name: as_held(x, weights[int(place)]) if isinstance(x, Tensor) and x.dim() else x
+            for name, x in values.items()
+        }
+        for place, values in saved["state"].items()
+    }
     groups = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict({"state": state, "param_groups": groups})
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Protocol
 
-from srppo import signals
+from srppo import distributed, signals
 from srppo.config_checkpoint import CheckpointConfig
 from srppo.errors import TrainingError
 from srppo.progress import Reporter
@@ -96,7 +97,7 @@ class Steps:
 
     def begin_update(self) -> None:
         """Weights change from here on: a signal waits for the step to be complete."""
-        if self.keeper:
+        if self.keeper and distributed.size() == 1:
             signals.hold(self.keeper.settings.grace)
         self._updating = True
 
@@ -105,11 +106,14 @@ class Steps:
         self.done, self._updating = step, False
         if not self.keeper:
             return
-        stop = signals.came()
+        stop = distributed.any_of(signals.came())
         self._keep_best(metrics)
-        if stop or self._is_time(step):
+        if stop or distributed.from_first(lambda: self._is_time(step)):
             self._save()
         signals.release()
+        if stop:  # the signal reached another process only, so far
+            raise signals.Interrupted(signal.SIGTERM)
+        self._begin()
 
     def bad(
         self,
@@ -141,7 +145,14 @@ class Steps:
             self.keeper.reporter.line(f"{what}. Left out.")
 
     def __enter__(self) -> Steps:
+        self._begin()
         return self
+
+    def _begin(self) -> None:
+        """Of several processes none may leave a step that the others are in: a signal waits from
+        its beginning."""
+        if self.keeper and distributed.size() > 1:
+            signals.hold(self.keeper.settings.grace)
 
     def __exit__(
         self,
@@ -154,7 +165,8 @@ class Steps:
         if not self.keeper or not (interrupted or finished):
             return
         signals.caught()
-        if self.done > self._saved and not self._updating:
+        together = finished or distributed.size() == 1
+        if self.done > self._saved and not self._updating and together:
             self._save()
         if interrupted and self._saved:
             self.keeper.reporter.line(
@@ -167,6 +179,7 @@ class Steps:
         tree = {"best": self._best, "bad": self._bad, "trained": self.trained.state_dict()}
         self.log.flush()
         self.keeper.checkpoints.save(self.done, tree, self.log.path, self.more())
+        distributed.any_of(False)  # none leaves before it is written
         self._saved, self._last_save = self.done, time.monotonic()
         self._cost = self._last_save - started
 

@@ -8,10 +8,12 @@ from functools import partial
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grad_norm_
 from torch.optim import AdamW
 from transformers import PreTrainedModel
 
+from srppo import distributed
 from srppo.algo.all_action import all_action_loss
 from srppo.algo.kl import k3
 from srppo.algo.logprobs import token_logprobs
@@ -76,14 +78,23 @@ class Optimizers:
             optimizer.param_groups[0]["lr"] = factor * peak
 
     def step(self, move_policy: bool) -> Metrics:
-        """Clip the gradients, step, clear them; their norms before clipping."""
+        """Sum the gradients over all processes, clip them, step, clear them; their norms before
+        clipping."""
         norms = {}
+        self.add_up()
         if move_policy:
             norms["grad_norm"] = self._step(self.policy)
         if self.critic:
             norms["value_grad_norm"] = self._step(self.critic)
         self.policy.zero_grad(set_to_none=True)
         return norms
+
+    def add_up(self) -> None:
+        """Sum the gradients over all processes; those of sharded weights have been, on their way
+        back."""
+        weights = (p for o in self.all for p in o.param_groups[0]["params"])
+        grads = (p.grad for p in weights if p.grad is not None)
+        distributed.add(g for g in grads if not isinstance(g, DTensor))
 
     def clear(self) -> None:
         """Forget all gradients."""
@@ -92,6 +103,7 @@ class Optimizers:
 
     def _step(self, optimizer: AdamW) -> float:
         norm = clip_grad_norm_(optimizer.param_groups[0]["params"], self.max_grad_norm)
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         if norm.isfinite():  # one bad minibatch must not end in weights that are not numbers
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -183,7 +195,7 @@ def accumulate(
     value_clip = config.value_clip * float(experience.returns[y.mask].std(correction=0))
     new = torch.zeros_like(experience.logprobs)
     losses, value_losses = [], []
-    padded = 0
+    padded = 0.0
     with roles.policy.active() as policy:
         limit = max_tokens or config.max_tokens_per_batch
         for batch in microbatches(y, rows, limit, roles.policy.device):
@@ -202,13 +214,16 @@ def accumulate(
                 loss = loss / (n_tokens * critic.scale**2)  # in its own units
                 loss.backward()
                 value_losses.append(loss.detach())
-    metrics = {"value_loss": float(sum(value_losses))} if critic else {}
+    sums = torch.tensor([float(sum(losses)), float(sum(value_losses)), padded]).double()
+    distributed.add([new, sums])
+    policy_loss, value_loss, padded = sums.tolist()
+    metrics = {"value_loss": value_loss} if critic else {}
     if policy_too:
         sampled = experience.rollout.logprobs[rows]
         metrics |= {
             "padding": 1 - sum(input_lengths(y, rows)) / padded,
             "sampler_logprob_diff": float(masked_mean((new[rows] - sampled).abs(), mask)),
-            "policy_loss": float(sum(losses)),
+            "policy_loss": policy_loss,
             "clip_fraction": float(clip_fraction(new[rows], old, mask, config.clip)),
             "update_kl": float(masked_mean(k3(old, new[rows]), mask)),
         }
