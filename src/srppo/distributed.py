@@ -165,7 +165,9 @@ class _Watch(threading.Thread):
             try:
                 failed = self.store.check(["failed"])
             except RuntimeError as e:
-                self._end(f"error: {name()} lost the first machine ({e}){GOES_ON}\n")
+                sys.stderr.write(f"error: {name()} lost the first machine ({e}){GOES_ON}\n")
+                sys.stderr.flush()
+                os._exit(1)
             if failed:
                 self._echo()
 
