@@ -4,7 +4,7 @@ BIN := .venv/bin
 SEEDS ?= 0 1 2 3 4
 export GOMP_SPINCOUNT ?= 10000
 
-.PHONY: install demo table test slow lint check bench bench-all bench-quick bench-scaling clean
+.PHONY: install demo table test slow soak lint check bench bench-all bench-quick bench-scaling clean
 
 install: .venv/installed
 
@@ -38,6 +38,10 @@ test: install
 
 slow: install
 	$(BIN)/python -m pytest -m slow
+
+# A hundred kills, a failing disk at every write, damaged checkpoints, garbage: hours on two cores.
+soak: install
+	PYTHONPATH=tests $(BIN)/python tests/soak.py
 
 lint: install
 	$(BIN)/ruff format --check .

@@ -14,59 +14,30 @@ from pathlib import Path
 from pkgutil import resolve_name
 
 import pytest
+import torch
 
 from runs import srppo_command, timeless, write_recipe
-
-SETTINGS = {
-    "sft": {"optimizer": "adamw", "learning_rate": 1e-3, "lr_schedule": "cosine", "epochs": 2},
-    "ppo": {"steps": 3, "lr_schedule": "linear", "value_warmup_steps": 1, "epochs": 2},
-    "checkpoint": {"every": 1, "keep_finished": True, "keep_best": "eval/accuracy/in_domain"},
-    "controls": {"rloo": {"ppo": {"estimator": "rloo", "responses_per_prompt": 2, "steps": 2}}},
-}
-"""Four steps of stage 1, four of stage 2, two of the control."""
-LORA = {"model": {"lora": {"rank": 4, "dropout": 0.3}}, **SETTINGS}
-"""Dropout draws from the process's own generator; roles share one copy of the weights."""
-STAGES = ("sft", "ppo", "controls/rloo")
+from sittings import LORA, SETTINGS, at_call, differences, only_what_is_compared, result_of
 
 
 class Killed(BaseException):
     """Stands for SIGKILL: nothing may be done about it."""
 
 
-def result_of(run: Path) -> dict[str, object]:
-    """All that has to be the same, by name."""
-    found: dict[str, object] = {}
-    for name in ("sft", "policy", "controls/rloo", "best/policy"):
-        (path,) = [p for p in (run / name).iterdir() if p.suffix == ".safetensors"]
-        found[name] = path.read_bytes()
-    for stage in STAGES:
-        newest = max((run / "checkpoints" / stage).iterdir())
-        for name in ("tensors.safetensors", "state.json"):
-            found[f"{stage}/{newest.name}/{name}"] = (newest / name).read_bytes()
-        found[f"metrics/{stage}"] = timeless(run / "metrics" / f"{stage}.jsonl")
-    for name in ("audit.json", "results.json", "samples.jsonl"):
-        found[name] = (run / name).read_bytes()
-    return found
+def require_same(run: Path, expected) -> None:
+    assert differences(run, expected) == []
 
 
-def require_same(run: Path, expected: dict[str, object]) -> None:
-    found = result_of(run)
-    assert found.keys() == expected.keys()
-    assert [name for name in expected if found[name] != expected[name]] == []
-
-
-def whole(folder: Path, settings) -> dict[str, object]:
+def whole(folder: Path, settings):
     done = srppo_command("run", write_recipe(folder, **settings))
     assert done.code == 0, done.err
     return result_of(folder / "run")
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _only_what_is_compared():
-    """Not the page, which is made of it, and no timing of the machine: most of the time here."""
+def _quick():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("srppo.pipeline.Run.report", lambda self: None)
-        patch.setattr("srppo.train.pace.matmul_rate", lambda device: 1e9)
+        only_what_is_compared(patch)
         yield
 
 
@@ -78,20 +49,6 @@ def finished(tmp_path_factory):
 @pytest.fixture
 def recipe(tmp_path):
     return write_recipe(tmp_path, **SETTINGS)
-
-
-def at_call(patch, target: str, number: int, do) -> None:
-    """`do()` when a function is called for the number-th time, before it does anything."""
-    real, count = resolve_name(target), 0
-
-    def counted(*args, **kwargs):
-        nonlocal count
-        count += 1
-        if count == number:
-            do()
-        return real(*args, **kwargs)
-
-    patch.setattr(target, counted)
 
 
 def kill(monkeypatch, recipe, target, number, *overrides):
@@ -324,3 +281,26 @@ def test_a_change_that_the_checkpoint_does_not_fit_is_refused(recipe, monkeypatc
     assert done.code == 2
     assert "does not fit" in done.err
     assert "Traceback" not in done.err
+
+
+# --- memory ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_memory_that_runs_out_while_measuring_changes_no_number(
+    recipe, tmp_path, finished, monkeypatch
+):
+    """In the audit, in the curve and in the last evaluation; what is measured fits into less."""
+    for module in ("srppo.train.audit", "srppo.eval.evaluate"):
+        real = resolve_name(f"{module}.score")
+
+        def limited(model, sequences, max_tokens, real=real):
+            if max_tokens > 5000:
+                raise torch.OutOfMemoryError("CUDA out of memory.")
+            return real(model, sequences, max_tokens)
+
+        monkeypatch.setattr(f"{module}.score", limited)
+    done = srppo_command("run", recipe)
+    assert done.code == 0, done.err
+    assert done.err.count("memory ran out (CUDA out of memory.)") == 2  # 16384, 8192, 4096
+    require_same(tmp_path / "run", finished)

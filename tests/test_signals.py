@@ -1,5 +1,6 @@
 """Signals end work at once, or wait for what must not be cut short; a second one does not."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -70,6 +71,33 @@ def test_one_that_was_swallowed_on_the_way_is_not_forgotten():
         hold(grace=60)
 
     interrupted(work)
+
+
+def test_one_that_python_dropped_comes_again(monkeypatch):
+    """As it does in destructors."""
+    monkeypatch.setattr("srppo.signals.AGAIN", 0.05)
+
+    def work():
+        with contextlib.suppress(Interrupted):
+            send(then_wait=60)
+        time.sleep(60)
+
+    interrupted(work)
+
+
+def test_one_that_was_caught_does_not(monkeypatch):
+    """Saving takes its time."""
+    monkeypatch.setattr("srppo.signals.AGAIN", 0.05)
+
+    def work():
+        try:
+            send(then_wait=60)
+        except Interrupted:
+            signals.caught()
+            time.sleep(0.2)
+            raise
+
+    assert not interrupted(work).__context__
 
 
 def test_two_within_an_instant_are_one():

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import signal
+import subprocess
+import sys
+
 import pytest
 
 from runs import srppo_command, write_recipe
 from srppo.errors import ConfigError
 from srppo.sweep import grid
+from srppo.train.lock import own
 
 
 def test_every_combination_the_last_key_fastest(tmp_path):
@@ -83,3 +88,20 @@ def test_a_directory_with_a_run_of_its_own_is_refused(tmp_path):
     (tmp_path / "run" / "run.json").write_text("{}")
     with pytest.raises(ConfigError, match=r"holds a run of its own.*Set output_dir"):
         grid(str(path), ["ppo.kl_coef=0.2,0.5"])
+
+
+@pytest.mark.slow
+def test_a_signal_ends_the_run_that_is_going_on_before_the_sweep(tmp_path):
+    """Sent to the sweep alone, as `kill` does."""
+    path = write_recipe(tmp_path, ppo={"steps": 10_000}, checkpoint={"every": 1})
+    command = [sys.executable, "-m", "srppo", "sweep", str(path), "seed=1,2"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as sweep:
+        for line in sweep.stderr:
+            if "PPO step 2/" in line:
+                break
+        sweep.send_signal(signal.SIGTERM)
+        said = sweep.communicate()[1]
+    assert sweep.returncode == 143, said
+    assert own(tmp_path / "run" / "seed=1")  # nobody runs it any more
+    assert list((tmp_path / "run" / "seed=1" / "checkpoints" / "ppo").iterdir())
+    assert not (tmp_path / "run" / "seed=2").exists()

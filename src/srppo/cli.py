@@ -151,7 +151,10 @@ def sweep(
     points = grids.grid(recipe, settings)
     if dry_run:
         grids.show_grid(points, stdout())
-    elif not grids.sweep(recipe, points, stdout()):
+        return
+    with signals.listening():
+        complete = grids.sweep(recipe, points, stdout())
+    if not complete:
         raise typer.Exit(1)
 
 

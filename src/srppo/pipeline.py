@@ -69,6 +69,8 @@ class Run:
         transformers.logging.disable_progress_bar()
         self.recipe = recipe
         self.reporter = reporter or Reporter(quiet=not distributed.is_first())
+        self.budget = Budget(recipe.ppo.max_tokens_per_batch, self.reporter.line)
+        """Of passes that train nothing: audit and evaluation."""
         if recipe.model.quantize:
             require_quantizer(recipe.model.quantize)
         self.tokenizer = start_tokenizer(recipe.model)
@@ -104,15 +106,17 @@ class Run:
             return None
         with self._stage("audit") as todo:
             if todo:
-                found = audit(
-                    self.base,
-                    self.pi_sft,
-                    self.tokenizer,
-                    self.data.held_out[: self.recipe.audit.prompts],
-                    self.recipe.ppo,
-                    max_response_tokens=self.recipe.data.max_response_tokens,
-                    seed=self.recipe.seed,
-                    reporter=self.reporter,
+                found = self.budget.fit(
+                    lambda tokens: audit(
+                        self.base,
+                        self.pi_sft,
+                        self.tokenizer,
+                        self.data.held_out[: self.recipe.audit.prompts],
+                        self.recipe.ppo.model_copy(update={"max_tokens_per_batch": tokens}),
+                        max_response_tokens=self.recipe.data.max_response_tokens,
+                        seed=self.recipe.seed,
+                        reporter=self.reporter,
+                    )
                 )
                 self.dir.write_json("audit.json", found)
                 self._say_audit(found)
@@ -246,15 +250,19 @@ class Run:
             self.reporter.line("evaluation: left out, for no demonstrations were held out for it")
             self.dir.write_json("results.json", {"groups": [], "primary": None, "rows": []})
             return
-        evaluator = self._evaluator(self.data.eval_prompts)
-        results, samples = evaluate_models(
-            names,
-            lambda name: self._sampler(name, evaluator),
-            evaluator,
-            self.data.held_out,
-            self.recipe.eval,
-            self.reporter,
-        )
+
+        def measure(tokens: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+            evaluator = self._evaluator(self.data.eval_prompts, tokens)
+            return evaluate_models(
+                names,
+                lambda name: self._sampler(name, evaluator),
+                evaluator,
+                self.data.held_out,
+                self.recipe.eval,
+                self.reporter,
+            )
+
+        results, samples = self.budget.fit(measure)
         self.dir.write_json("results.json", results)
         self.dir.write_jsonl("samples.jsonl", samples)
 
@@ -282,15 +290,19 @@ class Run:
         """The evaluation curve's point: `eval/<score>/<group>` at temperature 1."""
         if not self.recipe.eval.every:
             return {}
-        evaluator = self._evaluator(self.data.curve_prompts)
-        rows = evaluator.measure(evaluator.sampler(policy), temperature=1.0)
+
+        def measure(tokens: int) -> list[dict[str, Any]]:
+            evaluator = self._evaluator(self.data.curve_prompts, tokens)
+            return evaluator.measure(evaluator.sampler(policy), temperature=1.0)
+
+        rows = self.budget.fit(measure)
         return {
             f"eval/{name}/{row['group']}": value
             for row in rows
             for name, value in {**row["scores"], "reward": row["reward"]}.items()
         }
 
-    def _evaluator(self, prompts: list[Prompt]) -> Evaluator:
+    def _evaluator(self, prompts: list[Prompt], tokens: int) -> Evaluator:
         return Evaluator(
             tokenizer=self.tokenizer,
             prompts=prompts,
@@ -298,7 +310,7 @@ class Run:
             seed=self.recipe.seed,
             base=self.base,
             sft=self.pi_sft,
-            max_tokens_per_batch=self.recipe.ppo.max_tokens_per_batch,
+            max_tokens_per_batch=tokens,
             scorer=self.scorer,
         )
 

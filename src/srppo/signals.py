@@ -13,11 +13,16 @@ SAME = 0.5
 """Seconds within which two signals are one: many schedulers signal a group and its leader."""
 
 
+AGAIN = 2.0
+"""Seconds after which it is raised again: in a destructor or a callback Python drops it."""
+
+
 class Interrupted(BaseException):
     """SIGINT or SIGTERM came. No `Exception`, so that nothing on its way takes it for an error."""
 
     def __init__(self, number: int) -> None:
         super().__init__(signal.Signals(number).name)
+        self.number = number
         self.exit_code = 128 + number
         """130 for SIGINT, 143 for SIGTERM, as shells have it."""
 
@@ -40,14 +45,20 @@ class _Listener:
             return
         self.number, self.came = number, now
         if self.grace is None:
-            raise Interrupted(number)
+            self.stop()
+            return
         # Not by print: the signal may have come in the midst of one.
         os.write(2, b"interrupted: ending the step; once more ends it at once\n")
         signal.setitimer(signal.ITIMER_REAL, max(self.grace, 1e-3))
 
     def expire(self, number: int, frame: FrameType | None) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        """Raise what came, if anything did."""
         self.grace = None
         if self.number is not None:
+            signal.setitimer(signal.ITIMER_REAL, AGAIN, AGAIN)
             raise Interrupted(self.number)
 
 
@@ -68,7 +79,7 @@ def listening() -> Iterator[None]:
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
+        caught()
         for number, handler in before.items():
             signal.signal(number, handler)
         _listener = outer
@@ -84,13 +95,16 @@ def hold(grace: float) -> None:
 
 def came() -> bool:
     """Whether one waits. It may then take as long as it takes to `release` it."""
-    signal.setitimer(signal.ITIMER_REAL, 0)
+    caught()
     return _listener.number is not None
 
 
 def release() -> None:
     """Signals end the work again; one that waited raises `Interrupted`."""
+    caught()
+    _listener.stop()
+
+
+def caught() -> None:
+    """`Interrupted` has arrived: it is not raised again."""
     signal.setitimer(signal.ITIMER_REAL, 0)
-    _listener.grace = None
-    if _listener.number is not None:
-        raise Interrupted(_listener.number)

@@ -13,6 +13,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from srppo import signals
 from srppo.config import Recipe, load_recipe
 from srppo.errors import ConfigError
 from srppo.report.read import mapping, read
@@ -120,9 +121,13 @@ def _run(source: str, point: Point) -> str | None:
         command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, errors="replace"
     ) as process:
         assert process.stderr
-        for line in process.stderr:
-            sys.stderr.write(line)
-            last = line.strip() or last
+        try:
+            for line in process.stderr:
+                sys.stderr.write(line)
+                last = line.strip() or last
+        except signals.Interrupted as e:  # the run saves, and ends before this process does
+            process.send_signal(e.number)
+            raise
     code = process.returncode
     return None if code == 0 else f"exit code {code}, {last or 'nothing said'}"
 

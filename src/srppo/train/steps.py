@@ -164,10 +164,11 @@ class Steps:
         finished = error is None and self.keeper and self.keeper.settings.keep_finished
         if not self.keeper or not (interrupted or finished):
             return
+        signals.caught()
         together = finished or distributed.size() == 1
         if self.done > self._saved and not self._updating and together:
             self._save()
-        if interrupted:
+        if interrupted and self._saved:
             self.keeper.reporter.line(
                 f"kept at step {self._saved}: the same command goes on from there"
             )
