@@ -13,6 +13,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -33,7 +34,12 @@ TIMEOUT = timedelta(minutes=30)
 WATCH = 0.5
 """Seconds between two looks at whether another process has failed."""
 LAST_WORDS = 5.0
-"""Seconds that a process which lost another one waits for that one's own message."""
+"""Seconds for which the process that failed first is waited for: for its message, for its end."""
+
+GOES_ON = (
+    ": killed, perhaps for want of memory, or its machine is gone. The same command goes on from "
+    "the last checkpoint, with any number of processes."
+)
 
 
 def rank() -> int:
@@ -127,11 +133,8 @@ def joined() -> Iterator[None]:
         lost = not isinstance(e, SrppoError) and _is_lost_connection(e)
         watch.fail(LAST_WORDS if lost else 0.0)
         if lost:
-            raise ProcessError(
-                f"{name()} lost another one ({str(e).splitlines()[0]}): killed, perhaps for want "
-                "of memory, or its machine is gone. The same command goes on from the last "
-                "checkpoint, with any number of processes."
-            ) from e
+            reason = str(e).splitlines()[0].split(". ")[0]
+            raise ProcessError(f"another process is gone ({reason}){GOES_ON}") from e
         raise
     except BaseException as e:  # an interruption, an exit code
         if not isinstance(e, SystemExit) or e.code:
@@ -162,10 +165,11 @@ class _Watch(threading.Thread):
             try:
                 failed = self.store.check(["failed"])
             except RuntimeError as e:
-                self._end(f"error: {name()} cannot reach the process that started all ({e})\n")
-                return
+                sys.stderr.write(f"error: {name()} lost the first machine ({e}){GOES_ON}\n")
+                sys.stderr.flush()
+                os._exit(1)
             if failed:
-                self._end()
+                self._echo()
 
     def fail(self, patience: float) -> None:
         """Tell the others that this process fails; if one did before, end here.
@@ -179,11 +183,11 @@ class _Watch(threading.Thread):
         except RuntimeError:
             return  # nobody to tell
         if first != str(rank()):
-            self._end()
+            self._echo()
 
-    def _end(self, text: str = "") -> None:
-        sys.stderr.write(text)
-        sys.stderr.flush()
+    def _echo(self) -> None:
+        """End without a word, after the one that failed first: its exit code counts."""
+        time.sleep(LAST_WORDS)
         os._exit(1)
 
 
@@ -209,7 +213,7 @@ def launch(nproc: int, arguments: list[str], nodes: int = 1, rendezvous: str | N
         for number, failure in e.failures.items():
             if failure.exitcode < 0 and failure.exitcode != -signal.SIGTERM:
                 kind = signal.Signals(-failure.exitcode).name
-                sys.stderr.write(f"error: process {number} was ended by {kind}\n")
+                sys.stderr.write(f"error: process {number} was ended by {kind}{GOES_ON}\n")
         return max(1, *(failure.exitcode for failure in failures))
     except SignalException as e:
         return 128 + e.sigval

@@ -116,6 +116,11 @@ class ShardedRole(Role):
         with gathered(self.model):
             yield self.model
 
+    def parameters(self) -> list[nn.Parameter]:
+        """The pieces, which are what is trained: never what was gathered of them."""
+        self.model.reshard()
+        return super().parameters()
+
     def successor(self, compute: Compute = "float32") -> Role:
         """Sharded as well."""
         return ShardedRole(in_float32(self.model, compute).requires_grad_(True), self.device)
