@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import os
 import pty
 import re
@@ -34,6 +35,8 @@ class Terminal:
         )
         os.close(theirs)
         self.everything = ""
+        self.decode = codecs.getincrementaldecoder("utf-8")("replace").decode
+        """A character may arrive in two pieces."""
 
     def read_until(self, words: str, meanwhile: str = "") -> str:
         """What appears up to these words, colours and cursor movements left out.
@@ -51,13 +54,14 @@ class Terminal:
                 self.press(meanwhile)
                 continue
             try:
-                piece = os.read(self.screen, 4096).decode(errors="replace")
+                piece = os.read(self.screen, 4096)
             except OSError:  # Linux: the other end is closed
-                piece = ""
+                piece = b""
             if not piece:
                 raise EOFError(f"waited for {words!r}, saw {plain(found)!r}")
-            found += piece
-            self.everything += piece
+            text = self.decode(piece)
+            found += text
+            self.everything += text
         return plain(found)
 
     def type(self, line: str) -> None:
@@ -77,7 +81,7 @@ class Terminal:
                 piece = b""
             if not piece:
                 return self.process.wait(PATIENCE)
-            self.everything += piece.decode(errors="replace")
+            self.everything += self.decode(piece)
 
     def __enter__(self) -> Terminal:
         return self

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from peft import AutoPeftModelForCausalLM, IA3Config, LoraConfig, get_peft_model
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import tiny
 from srppo.config import LoRAConfig, ModelConfig
@@ -255,7 +255,7 @@ def adapter_dir(base_dir, tmp_path):
     """What stage 1 leaves, and the log-probabilities that belong to it."""
     role = start_sft(model_config(base_dir), seed=0)
     shake(role, seed=1)
-    role.save_pretrained(tmp_path / "sft", GenerationConfig())
+    role.save_pretrained(tmp_path / "sft")
     tiny.tokenizer().save_pretrained(tmp_path / "sft")
     return str(tmp_path / "sft"), score(role, tiny.sequences(), ALL)
 
@@ -298,7 +298,7 @@ def test_an_adapter_on_bfloat16_weights_is_loaded_as_exactly_as_it_was_saved(
     path, _ = adapter_dir
     _, sft = start_frozen(model_config(base_dir, dtype="bfloat16"), path, seed=0)
     assert {p.dtype for n, p in sft.model.named_parameters() if "lora" not in n} == {torch.bfloat16}
-    sft.successor().save_pretrained(tmp_path / "again", GenerationConfig())
+    sft.successor().save_pretrained(tmp_path / "again")
     names = ["sft/adapter_model.safetensors", "again/adapter_model.safetensors"]
     one, two = ((tmp_path / name).read_bytes() for name in names)
     assert one == two
@@ -378,7 +378,7 @@ def test_quantised_weights_under_float32_adapters(bits, error, tmp_path):
     whole, y = wide_model(), tiny.sequences()
     whole.save_pretrained(tmp_path)
     start_sft(model_config(str(tmp_path), quantize=bits), seed=0).save_pretrained(
-        tmp_path / "adapter", GenerationConfig()
+        tmp_path / "adapter"
     )
     base, sft = start_frozen(
         model_config(str(tmp_path), quantize=bits), tmp_path / "adapter", seed=0

@@ -187,6 +187,8 @@ def test_the_command_serves_until_it_is_told_to_stop(tmp_path):
         env={**os.environ, "SECRET": "secret"},
         stdout=subprocess.PIPE,
         text=True,
+        # A shell's background job ignores it.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     try:
         line = process.stdout.readline()

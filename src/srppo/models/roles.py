@@ -97,13 +97,14 @@ class Role:
     def save_pretrained(
         self,
         directory: str | Path,
-        generation: GenerationConfig,
+        generation: GenerationConfig | None = None,
         weights: dict[str, Tensor] | None = None,
     ) -> None:
-        """Write a directory that transformers can load, with how it generates."""
+        """Write a directory that transformers can load; `generation`: how it is to generate."""
         with self.active() as model:
-            # The base's own may contradict itself (a temperature, no sampling): it is not saved.
-            model.generation_config = generation
+            if generation:
+                # The base's own may contradict itself (a temperature, no sampling): not saved.
+                model.generation_config = generation
             model.save_pretrained(directory)
 
 
@@ -138,11 +139,11 @@ class ShardedRole(Role):
     def save_pretrained(
         self,
         directory: str | Path,
-        generation: GenerationConfig,
+        generation: GenerationConfig | None = None,
         weights: dict[str, Tensor] | None = None,
     ) -> None:
         """One process does this alone, with what all have gathered."""
-        self.model.generation_config = generation
+        self.model.generation_config = generation or self.model.generation_config
         self.model.save_pretrained(directory, state_dict=weights)
 
 
