@@ -91,8 +91,8 @@ def test_report_and_summary(finished):
     assert "| policy | T=1 |" in srppo("summary", str(finished))
     table = re.findall(r"^\| `srppo (\w+)", README, re.MULTILINE)
     assert table == [
-        *("run", "run", "sweep", "sft", "audit", "ppo", "data", "eval", "eval", "eval", "report"),
-        *("summary", "compare", "chat", "export", "push", "serve"),
+        *("run", "run", "run", "sweep", "sft", "audit", "ppo", "data", "eval", "eval", "eval"),
+        *("report", "summary", "compare", "chat", "export", "push", "serve"),
     ]
 
 
