@@ -33,11 +33,11 @@ runs/table/seed-%/report.html: runs/table/base-%/manifest.json | install
 
 .PRECIOUS: runs/table/base-%/manifest.json
 
-# A file to a process, as many processes as cores, one thread each.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
+# As many processes as cores, one thread each; of the fast tests a file to a process.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --durations 10
 
 test: install
-	$(PYTEST) -m 'not slow'
+	$(PYTEST) --dist loadfile -m 'not slow'
 
 slow: install
 	$(PYTEST) -m slow

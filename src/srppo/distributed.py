@@ -200,6 +200,7 @@ def launch(nproc: int, arguments: list[str], nodes: int = 1, rendezvous: str | N
     from torch.distributed import run
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.elastic.rendezvous import RendezvousError
 
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // nproc)))
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # ours say it
@@ -217,4 +218,10 @@ def launch(nproc: int, arguments: list[str], nodes: int = 1, rendezvous: str | N
         return max(1, *(failure.exitcode for failure in failures))
     except SignalException as e:
         return 128 + e.sigval
+    except (RendezvousError, dist.DistError) as e:
+        raise ProcessError(
+            f"the launcher on {socket.gethostname()} lost the machine where all meet, {rendezvous} "
+            f"({str(e).splitlines()[0]}): this one's processes are ended. The same command goes on "
+            "from the last checkpoint, with any number of processes."
+        ) from e
     return 0

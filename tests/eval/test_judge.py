@@ -258,6 +258,8 @@ def test_verdicts_outlive_the_process(sign, tmp_path):
             [sys.executable, "-c", JUDGING, server.url, str(ledger.parent)],
             env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
             stderr=subprocess.DEVNULL,
+            # A shell's background job ignores it.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
         )
         until = time.monotonic() + 120
         while not (server.hanging == 2 and len(_lines(ledger)) == 8):
