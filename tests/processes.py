@@ -15,8 +15,11 @@ from torch.distributed.tensor import DTensor
 import enumerable
 import tiny
 from srppo import distributed
-from srppo.config import PPOConfig
+from srppo.config import PPOConfig, SFTConfig
 from srppo.config_model import LoRAConfig, ModelConfig
+from srppo.data.chat import Example
+from srppo.models.batching import Sequences, microbatches
+from srppo.models.load import load_model
 from srppo.models.memory import activation_checkpointing
 from srppo.models.roles import Roles
 from srppo.models.start import start_frozen
@@ -30,6 +33,7 @@ from srppo.train.ppo import (
     train_ppo,
     values_under,
 )
+from srppo.train.sft import train_sft
 from srppo.train.update import Experience, Optimizers, accumulate
 
 
@@ -132,6 +136,33 @@ def train(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
 
 def train_each(folder: Path, kinds: dict[str, dict[str, Any]]) -> dict[str, Any]:
     return {name: train(folder, settings) for name, settings in kinds.items()}
+
+
+def fine_tune(folder: Path, settings: dict[str, Any]) -> list[Any]:
+    """The weights after stage 1 on twelve demonstrations."""
+    examples = [
+        Example(prompt, [2 + i, 3, enumerable.EOS])
+        for i, prompt in enumerate([*PROMPTS, *reversed(PROMPTS)])
+    ]
+    model = load_model(str(folder / "base"))
+    with MetricsLog(folder, "sft") as log:
+        train_sft(
+            model,
+            tiny.tokenizer(),
+            examples,
+            SFTConfig(**settings),
+            seed=1,
+            log=log,
+            reporter=Reporter(quiet=True),
+        )
+    return [as_numpy(p) for p in model.parameters()]
+
+
+def work_of(sequences: Sequences, max_tokens: int) -> tuple[int, list[list[int]]]:
+    """How many batches, and the rows with response tokens in each."""
+    rows = torch.arange(len(sequences))
+    batches = list(microbatches(sequences, rows, max_tokens, torch.device("cpu")))
+    return len(batches), [batch.rows[batch.mask.any(1)].tolist() for batch in batches]
 
 
 def gradients(roles: Roles, sampler: HFSampler, config: PPOConfig) -> dict[str, Any]:

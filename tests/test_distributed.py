@@ -14,8 +14,13 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file
 
-from processes import free_port, together, train, train_each, write_models
+import tiny
+from processes import fine_tune, free_port, together, train, train_each, work_of, write_models
 from runs import timeless, write_recipe
+from srppo import distributed
+from srppo.config import SFTConfig
+from srppo.errors import ConfigError
+from srppo.train.sft import batching
 
 PAIRS = {"responses_per_prompt": 2, "rollouts_per_step": 14}
 KINDS = {
@@ -91,6 +96,32 @@ def test_sharded_architectures(tmp_path, architecture):
     for found in together(2, train, tmp_path, {"steps": 1, "shard": True}):
         np.testing.assert_array_equal(found["rollout"], alone["rollout"])
         close(found["gradients"], alone["gradients"], 1e-6)
+
+
+def test_the_work_is_dealt_out_once_and_everybody_has_as_many_batches():
+    """More processes than rows: some are idle."""
+    y = tiny.sequences(n=3)
+    found = together(4, work_of, y, 16)
+    assert len({count for count, _ in found}) == 1
+    assert sorted(row for _, batches in found for rows in batches for row in rows) == [0, 1, 2]
+
+
+@pytest.mark.slow
+def test_stage_1_takes_the_same_steps_with_two_processes(models):
+    """Twelve demonstrations, four a step."""
+    settings = {"batch_size": 4, "micro_batch_size": 1, "epochs": 2, "learning_rate": 1e-4}
+    settings |= {"optimizer": "sgd"}  # Adam makes rounding as large as any gradient
+    (alone,) = together(1, fine_tune, models, settings)
+    for found in together(2, fine_tune, models, settings):
+        close(found, alone, 1e-6)
+
+
+def test_a_batch_that_cannot_be_divided_is_refused(monkeypatch):
+    monkeypatch.setattr(distributed, "size", lambda: 3)
+    with pytest.raises(ConfigError, match=r"batch_size=8 .* 3 processes.* Try sft.batch_size=9"):
+        batching(SFTConfig(batch_size=8), 100)
+    assert batching(SFTConfig(batch_size=24, micro_batch_size=8), 100) == (8, 1)
+    assert batching(SFTConfig(batch_size=24, micro_batch_size=3), 100) == (2, 4)
 
 
 # --- whole runs -----------------------------------------------------------------------------------

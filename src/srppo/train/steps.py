@@ -160,6 +160,8 @@ class Steps:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        if error is None and distributed.size() > 1:
+            signals.release()
         interrupted = isinstance(error, signals.Interrupted | KeyboardInterrupt)
         finished = error is None and self.keeper and self.keeper.settings.keep_finished
         if not self.keeper or not (interrupted or finished):
