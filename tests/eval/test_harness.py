@@ -116,6 +116,7 @@ def test_plain_and_chat_models_on_all_that_needs_no_judge(
     )
 
 
+@pytest.mark.slow
 def test_alpaca_eval_with_a_local_judge(data_dir, model_dir, chat_dir, tmp_path, monkeypatch):
     """Who judges so is no reference judge, and the figure says who."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")  # as it was, afterwards

@@ -30,6 +30,7 @@ def asked(data_dir, *tasks, **others):
     return {"prompts": None, "scorer": None, "limit": 2, "benchmarks": benchmarks}
 
 
+@pytest.mark.slow
 def test_all_four_after_training_with_a_comparison(sections, model_dir, with_punkt, tmp_path):
     wanted = asked(
         with_punkt, "ifeval", "gsm8k", "gpqa", "alpaca_eval", limit=3, judge=str(model_dir)
