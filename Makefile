@@ -1,7 +1,6 @@
 # Each target installs what it needs into .venv first.
 PYTHON ?= python3
 BIN := .venv/bin
-SEEDS ?= 0 1 2 3 4
 export GOMP_SPINCOUNT ?= 10000
 
 .PHONY: install demo table test slow soak lint check docs bench bench-all bench-quick bench-scaling engines clean
@@ -19,32 +18,27 @@ install: .venv/installed
 demo: install
 	$(BIN)/srppo run recipes/miniature.yaml
 
-# The demo's table over seeds, each with a base model pretrained from scratch, one core each:
-# `make -j2 table` takes about 25 minutes on two cores.
-table: $(SEEDS:%=runs/table/seed-%/report.html)
-	$(BIN)/srppo summary $(SEEDS:%=runs/table/seed-%)
+# The demo's table over seeds, each with a base model pretrained from scratch, one core each: 27
+# minutes on two cores. `srppo reproduce miniature-table` has rows, seeds and places to choose.
+JOBS ?= 2
+table: install
+	$(BIN)/srppo reproduce miniature-table --jobs $(JOBS)
 
-runs/table/base-%/manifest.json: | install
-	$(BIN)/python -m srppo.miniature.pretrain --seed $* --out $(@D)
-
-runs/table/seed-%/report.html: runs/table/base-%/manifest.json | install
-	OMP_NUM_THREADS=1 $(BIN)/srppo run recipes/miniature.yaml seed=$* \
-	  model.base=runs/table/base-$* output_dir=$(@D)
-
-.PRECIOUS: runs/table/base-%/manifest.json
-
-# As many processes as cores, one thread each; of the fast tests a file to a process.
+# As many processes as cores, one thread each; of the fast tests a file to a process, of the slow
+# ones half of them to begin with, so that what a file's tests share is mostly made once.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --durations 10
 
 test: install
 	$(PYTEST) --dist loadfile -m 'not slow'
 
 slow: install
-	$(PYTEST) -m slow
+	$(PYTEST) --dist worksteal -m slow
 
-# A hundred kills, a failing disk at every write, damaged checkpoints, garbage: hours on two cores.
+# A hundred kills, a failing disk at every write, damaged checkpoints, garbage: half an hour on two
+# cores. Another SEED kills, breaks and makes up others.
+SEED ?= 0
 soak: install
-	PYTHONPATH=tests $(BIN)/python tests/soak.py
+	PYTHONPATH=tests $(BIN)/python tests/soak.py --seed $(SEED)
 
 lint: install
 	$(BIN)/ruff format --check .
@@ -58,7 +52,7 @@ check: lint test slow
 docs: install
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
-# Our engine beside its peers, interleaved: about twelve minutes on an idle machine.
+# Our engine beside its peers, interleaved: 12 to 35 minutes on an idle machine.
 bench: install .bench/installed
 	$(BIN)/python bench/same_work.py
 	$(BIN)/python bench/run.py
@@ -69,8 +63,9 @@ bench-all: install .bench/installed
 	$(BIN)/python bench/run.py --sizes 9m 28m 9m-32k 28m-32k --ends early full \
 	  --out runs/bench/all.jsonl
 
-# That it runs, without TRL 1.12: under a minute.
+# That it runs and does the same work, without TRL 1.12: a minute.
 bench-quick: install
+	$(BIN)/python bench/same_work.py --peers rloo grpo
 	$(BIN)/python bench/run.py --sizes tiny --engines trl-rloo ours-ppo ours-rloo --rounds 1 \
 	  --out runs/bench/quick.jsonl
 

@@ -15,6 +15,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -63,6 +64,9 @@ def settings(args: argparse.Namespace) -> PPOConfig:
 def whole_step(args: argparse.Namespace, rollout_file: Path) -> None:
     weights = backbone(args)
     sft = weights.new()
+    for name, p in weights.model.named_parameters():
+        if "lora_B" in name:  # zero at first, and a reward of zero is refused
+            torch.nn.init.normal_(p, std=1e-3)
     config = settings(args)
     roles = Roles.begin(weights.bare(), sft, critic=args.estimator == "ppo")
     sampler = HFSampler(
@@ -76,6 +80,8 @@ def whole_step(args: argparse.Namespace, rollout_file: Path) -> None:
 
     def remembered(*a, **k):
         rollout = sample(*a, **k)
+        # These models never end a response; the trainer refuses rollouts in which none ends.
+        rollout = replace(rollout, ended=torch.ones_like(rollout.ended))
         torch.save(rollout, rollout_file)
         return rollout
 

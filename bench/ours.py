@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -21,7 +22,7 @@ from srppo.models.batching import Sequences
 from srppo.models.roles import Roles
 from srppo.progress import Reporter
 from srppo.rollout.hf import HFSampler
-from srppo.rollout.sampler import Rollout
+from srppo.rollout.sampler import Rollout, Sampler
 from srppo.train.cost import Shape, step_flops
 from srppo.train.ppo import Scores, score_rollout, train_ppo
 from workload import EOS, GROUP, StepClock, load, load_case
@@ -48,14 +49,19 @@ class StepLog:
         self.steps.append(values)
 
 
-class Recorded:
-    """A sampler that keeps what it sampled."""
+class Recorded(Sampler):
+    """A sampler that keeps what it sampled.
+
+    Responses that no EOS ends count as ended: at full length all are cut off, which the trainer
+    would refuse, and the work is the same.
+    """
 
     def __init__(self, sampler: HFSampler) -> None:
         self.sampler, self.rollouts = sampler, []
 
     def sample(self, prompts: list[list[int]], seed: int, temperature: float = 1.0) -> Rollout:
-        self.rollouts.append(self.sampler.sample(prompts, seed, temperature))
+        rollout = self.sampler.sample(prompts, seed, temperature)
+        self.rollouts.append(replace(rollout, ended=torch.ones_like(rollout.ended)))
         return self.rollouts[-1]
 
 
@@ -151,7 +157,7 @@ def plain_logprobs(directory: Path, name: str, rollout: Rollout) -> Tensor:
     return torch.stack(sums)
 
 
-class Replayed:
+class Replayed(Sampler):
     """A sampler that gives one rollout, in the order in which its prompts are asked for."""
 
     def __init__(self, rollout: Rollout) -> None:
@@ -173,10 +179,12 @@ class Replayed:
 def replay(
     directory: Path, policy: dict[str, Tensor], rollout: Rollout, config: PPOConfig
 ) -> tuple[dict[str, float], Scores, dict[str, Tensor]]:
-    """One step of the trainer on given responses: its metrics, scores and the policy after it."""
+    """One step of the trainer on given responses, as if the policy had sampled them: its metrics,
+    scores and the policy after it."""
     roles, _ = begin(directory, config)
     roles.policy.model.load_state_dict(policy)
     scores = score_rollout(roles, rollout, config)
+    rollout = replace(rollout, logprobs=scores.policy)
     log = StepLog(StepClock())
     prompts = rollout.sequences.prompt_ids[:: config.responses_per_prompt]
     reporter = Reporter(quiet=True)

@@ -1,6 +1,6 @@
 """Do the engines that the benchmark compares compute the same? On the peers' own rollouts.
 
-    .venv/bin/python bench/same_work.py [--out runs/bench/same_work]
+    .venv/bin/python bench/same_work.py [--peers rloo grpo] [--out runs/bench/same_work]
 
 Each peer runs one step of two epochs; what it computed is captured (capture.py) and computed again
 by our functions from nothing but its tokens and weights. Exits with 1 if a line is off by more
@@ -31,6 +31,8 @@ from srppo.models.batching import Sequences
 from srppo.rollout.sampler import Rollout
 from workload import EOS
 
+PEERS = ["ppo", "rloo", "grpo"]
+"""PPO needs TRL 1.12's environment."""
 KL_COEF, CLIP = 0.2, 0.2
 ONCE = {"learning_rate": 3e-4, "max_grad_norm": 1e9, "kl_coef": KL_COEF, "gae_lambda": 1.0}
 TWICE = ONCE | {"epochs": 2}
@@ -77,7 +79,7 @@ def compare_ppo(directory: Path, found: dict[str, Any], same: Comparison, critic
     name = f"PPO, {critic}:"
     same(f"{name} log-probabilities of the policy", scores.policy, logprobs)
     same(f"{name} log-probabilities of the reference", scores.sft, ref)
-    ratios = token_log_ratios(scores.sft, scores.base, mask, None)
+    ratios = token_log_ratios(scores.sft, scores.base, mask)
     same(f"{name} reward of each response", masked_sum(ratios, mask, 1), found["scores"])
     kl = torch.where(mask, k1(scores.policy, scores.sft), 0.0)
     same(f"{name} KL of each token", kl, torch.where(mask, found["kl"][:, :T], 0.0))
@@ -133,7 +135,7 @@ def compare_groups(directory: Path, kind: str, found: dict[str, Any], same: Comp
     mask = rollout.sequences.mask
     config = settings_of(directory, 1, "rloo", ONCE)
     _, scores, after = replay(directory, found["losses"][0]["weights"], rollout, config)
-    ratios = token_log_ratios(scores.sft, scores.base, mask, None)
+    ratios = token_log_ratios(scores.sft, scores.base, mask)
     reward = masked_sum(ratios, mask, 1)
     name = kind.upper() + ":"
     same(f"{name} reward of each response", reward, found["scored"]["rewards"])
@@ -197,17 +199,21 @@ def same_update(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("runs/bench/same_work"))
-    directory = parser.parse_args().out
+    parser.add_argument("--peers", nargs="+", default=PEERS, choices=PEERS)
+    arguments = parser.parse_args()
+    directory = arguments.out
     build(SIZES["tiny"], directory)
     same = Comparison()
-    for critic, spread in {"critic at zero": "0", "critic at random": "0.05"}.items():
-        file = directory / "ppo.pt"
-        start([str(PEER), "capture.py", str(directory), str(file), "ppo", spread])
-        compare_ppo(directory, torch.load(file), same, critic)
+    if "ppo" in arguments.peers:
+        for critic, spread in {"critic at zero": "0", "critic at random": "0.05"}.items():
+            file = directory / "ppo.pt"
+            start([str(PEER), "capture.py", str(directory), str(file), "ppo", spread])
+            compare_ppo(directory, torch.load(file), same, critic)
     for kind in ("rloo", "grpo"):
-        file = directory / f"{kind}.pt"
-        start([sys.executable, "capture.py", str(directory), str(file), kind])
-        compare_groups(directory, kind, torch.load(file), same)
+        if kind in arguments.peers:
+            file = directory / f"{kind}.pt"
+            start([sys.executable, "capture.py", str(directory), str(file), kind])
+            compare_groups(directory, kind, torch.load(file), same)
     sys.exit(same.failed)
 
 

@@ -18,17 +18,22 @@ SETTINGS = {
 finished stages are kept, so that they can be compared."""
 LORA = {"model": {"lora": {"rank": 4, "dropout": 0.3}}, **SETTINGS}
 """Dropout draws from the process's own generator; roles share one copy of the weights."""
-STAGES = ("sft", "ppo", "controls/rloo")
+
+
+def stages_of(run: Path) -> list[str]:
+    """What was trained."""
+    return ["sft", "ppo", *(f"controls/{p.name}" for p in (run / "controls").iterdir())]
 
 
 def result_of(run: Path) -> dict[str, Any]:
     """All that has to be equal, by name: weights, both optimizers' states, the critic, the log, the
     evaluation."""
     found: dict[str, Any] = {}
-    for name in ("sft", "policy", "controls/rloo", "best/policy"):
+    stages = stages_of(run)
+    for name in ("policy", "best/policy", *(s for s in stages if s != "ppo")):
         (path,) = [p for p in (run / name).iterdir() if p.suffix == ".safetensors"]
         found[name] = path.read_bytes()
-    for stage in STAGES:
+    for stage in stages:
         newest = max((run / "checkpoints" / stage).iterdir())
         for name in ("tensors.safetensors", "state.json"):
             found[f"{stage}/{newest.name}/{name}"] = (newest / name).read_bytes()
@@ -40,7 +45,10 @@ def result_of(run: Path) -> dict[str, Any]:
 
 def differences(run: Path, expected: dict[str, Any]) -> list[str]:
     """Names of what is not as expected."""
-    found = result_of(run)
+    try:
+        found = result_of(run)
+    except FileNotFoundError as e:
+        return [f"{e.filename} is not there"]
     return sorted(k for k in found.keys() | expected.keys() if found.get(k) != expected.get(k))
 
 

@@ -7,8 +7,9 @@ faults    a full or broken disk, missing rights, a removed directory, at the wri
 damage    bits flipped and ends cut off in checkpoints
 recipes   recipes that are none; data: files that are none; a message, never a traceback
 
-Prints one line each and ends with code 1 if anything was lost. Runs are forked from this process,
-which has imported everything; it needs a system with `fork`.
+Prints a line for each and ends with code 1 if anything was lost. Runs are forked from this process,
+which has imported all that a run imports, and a few are interpreters of their own; `--processes` go
+on side by side. It needs Linux.
 """
 
 from __future__ import annotations
@@ -17,22 +18,30 @@ import os
 
 os.environ["OMP_NUM_THREADS"] = "1"  # sums depend on it, and a forked process has one thread
 os.environ["HF_HUB_OFFLINE"] = "1"  # a fuzzed name is not looked up
+os.environ["TOKENIZERS_PARALLELISM"] = "false"  # threads are not forked along
 
 import argparse
 import builtins
 import errno
+import gc
 import io
+import itertools
 import json
 import logging
+import multiprocessing
 import random
+import select
 import shutil
 import signal
 import sys
 import tempfile
+import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -44,21 +53,35 @@ from hypothesis import seed as hypothesis_seed
 from hypothesis import strategies as st
 
 import srppo.cli
+import srppo.miniature.world
 import srppo.pipeline
 import srppo.train.sft
 from runs import SMALL, srppo_command, write_recipe
-from sittings import LORA, SETTINGS, at_call, differences, only_what_is_compared, result_of
+from sittings import (
+    LORA,
+    SETTINGS,
+    at_call,
+    differences,
+    only_what_is_compared,
+    result_of,
+    stages_of,
+)
 from srppo.train.state import Checkpoints
 
+PAIRS = {"rounds": 2, "epochs": 1, "batch_size": 8, "learning_rate": 1e-3}
 KINDS: dict[str, dict[str, Any]] = {
     "whole weights": SETTINGS,
-    "adapters, dropout": LORA,
+    "adapters, dropout, written meanwhile": {
+        **LORA,
+        "controls": {"spin": {"pairs": PAIRS}},
+        "checkpoint": {**SETTINGS["checkpoint"], "overlap": True},
+    },
     "all-action": {**SETTINGS, "ppo": {**SETTINGS["ppo"], "estimator": "all_action"}},
 }
 PHASES = {
-    "rollout": ("srppo.rollout.hf.HFSampler._decode", 30),
-    "update": ("srppo.train.update.accumulate", 16),
-    "evaluation": ("srppo.eval.evaluate.Evaluator.measure", 10),
+    "rollout": ("srppo.rollout.hf.HFSampler._decode", 18),
+    "update": ("srppo.train.update.accumulate", 24),
+    "evaluation": ("srppo.eval.evaluate.Evaluator.measure", 8),
     "checkpointing": ("os.fsync", 90),
     "renaming": ("os.replace", 30),
     "stage 1": ("srppo.train.sft._Trainer.training_step", 4),
@@ -80,85 +103,177 @@ def sitting(
     recipe: Path,
     prepare: Callable[[pytest.MonkeyPatch], None] = lambda patch: None,
     seconds: float | None = None,
+    *,
+    new: bool = False,
 ) -> Ended:
-    """`srppo run` in a forked process, killed after so many seconds."""
+    """`srppo run` in a forked process, or in a `new` interpreter, killed after so many seconds."""
     said = recipe.with_name("said.txt")
-    child = os.fork()
-    if child == 0:
-        with said.open("w") as file:
-            os.dup2(file.fileno(), 1)
-            os.dup2(file.fileno(), 2)
-        patch = pytest.MonkeyPatch()
-        only_what_is_compared(patch)
-        prepare(patch)
-        sys.argv = ["srppo", "run", str(recipe)]
-        code = 0
-        try:
-            srppo.cli.main()
-        except SystemExit as e:
-            code = int(e.code or 0)
-        except BaseException:
-            import traceback
-
-            traceback.print_exc()
-            code = 70
-        finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
-        os._exit(code)
+    with said.open("w") as file:
+        if new:
+            command = [sys.executable, "-m", "srppo", "run", str(recipe)]
+            said_by = [(os.POSIX_SPAWN_DUP2, file.fileno(), descriptor) for descriptor in (1, 2)]
+            child = os.posix_spawn(command[0], command, os.environ, file_actions=said_by)
+        else:
+            child = os.fork()
+            if child == 0:
+                _run(recipe, prepare, file.fileno())
     if seconds is not None:
-        time.sleep(seconds)
-        os.kill(child, signal.SIGKILL)
+        ending = os.pidfd_open(child)
+        if not select.select([ending], [], [], seconds)[0]:
+            os.kill(child, signal.SIGKILL)
+        os.close(ending)
     _, status = os.waitpid(child, 0)
     return Ended(os.waitstatus_to_exitcode(status), said.read_text(errors="replace"))
 
 
-def reference(folder: Path, kind: str) -> tuple[dict[str, Any], float]:
-    """What a run that is left alone ends with, and the seconds that it takes."""
-    started = time.monotonic()
-    done = sitting(write_recipe(folder, **KINDS[kind]))
-    assert done.code == 0, done.said
-    return result_of(folder / "run"), time.monotonic() - started
+def _run(recipe: Path, prepare: Callable[[pytest.MonkeyPatch], None], file: int) -> None:
+    """What a forked process does; it does not return."""
+    code = 70
+    try:
+        os.dup2(file, 1)
+        os.dup2(file, 2)
+        patch = pytest.MonkeyPatch()
+        only_what_is_compared(patch)
+        prepare(patch)
+        sys.argv = ["srppo", "run", str(recipe)]
+        srppo.cli.main()
+        code = 0
+    except SystemExit as e:
+        code = int(e.code or 0)
+    except BaseException:
+        import traceback
+
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+# --- what all parts start from --------------------------------------------------------------------
+
+
+def warm_up(folder: Path) -> None:
+    """Run each kind once, left alone, in this process: all else is held against that, and what is
+    forked from here need not import and prepare what these runs did."""
+    write_data(folder)
+    for kind in KINDS:
+        recipe = recipe_of(folder, kind, folder / kind)
+        faulty = Faulty(recipe.parent / "run", None, "")
+        with pytest.MonkeyPatch.context() as patch:
+            only_what_is_compared(patch)
+            faulty.install(patch)
+            started = time.monotonic()
+            done = srppo_command("run", recipe)
+            seconds = time.monotonic() - started
+        assert done.code == 0, done.err
+        recipe.with_name("facts.json").write_text(
+            json.dumps({"writes": faulty.count, "seconds": seconds})
+        )
+    gc.collect()
+    gc.freeze()
+    for thread in threading.enumerate()[1:]:  # of a checkpoint that was written meanwhile
+        thread.join()
+    threads = [task.joinpath("comm").read_text() for task in Path("/proc/self/task").iterdir()]
+    ours = [name for name in threads if not name.startswith("jemalloc")]  # pyarrow's can be forked
+    assert len(ours) == 1, f"{len(ours)} threads: what is forked from here could hang"
+
+
+def write_data(folder: Path) -> None:
+    """Rows of the miniature's world in files: to make them up anew takes a third of a run."""
+    for name, count in (("demonstrations", 24), ("prompts", 16), ("evaluation", 48)):
+        rows = itertools.islice(getattr(srppo.miniature.world, name)(0), count)
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def recipe_of(folder: Path, kind: str, place: Path) -> Path:
+    """A recipe of this kind whose run is `place`/run."""
+    files = {name: str(folder / f"{name}.jsonl") for name in ("demonstrations", "prompts")}
+    data = {**files, "max_response_tokens": 6}
+    questions = {"prompts": str(folder / "evaluation.jsonl"), "limit": 12, "temperatures": [1.0]}
+    return write_recipe(place, **{**KINDS[kind], "data": data, "eval": questions})
+
+
+def facts_of(folder: Path, kind: str) -> dict[str, Any]:
+    facts: dict[str, Any] = json.loads((folder / kind / "facts.json").read_text())
+    return facts
+
+
+@cache
+def expected(folder: Path, kind: str) -> dict[str, Any]:
+    """What a run that is left alone ends with."""
+    return result_of(folder / kind / "run")
 
 
 # --- killed ---------------------------------------------------------------------------------------
 
 
-def kills(share: float, seed: int, folder: Path) -> list[str]:
-    """100 kills; half after a random time, half at a random call of a random phase. Losses."""
+@dataclass(frozen=True)
+class Killed:
+    """What became of some kills."""
+
+    where: Counter[str]
+    runs: int
+    resumes: int
+    losses: list[str]
+
+
+def kills(share: float, seed: int, folder: Path, side_by_side: SideBySide) -> list[str]:
+    """100 kills; half after a random time, half at a random call of a random phase. Four runs are
+    in new interpreters."""
     rng = random.Random(seed)
     wanted = max(1, round(100 * share))
-    kinds = list(KINDS)[: max(1, round(len(KINDS) * min(1, 4 * share)))]
-    expected = {kind: reference(folder / f"whole {kind}", kind) for kind in kinds}
-    losses: list[str] = []
-    where: Counter[str] = Counter()
-    resumes = runs = 0
-    while sum(where.values()) < wanted:
-        kind = kinds[runs % len(kinds)]
-        runs += 1
-        recipe = write_recipe(folder / f"killed {runs}", **KINDS[kind])
-        for _ in range(rng.randint(1, 5)):  # kills of one run
-            if sum(where.values()) == wanted:
-                break
-            phase = rng.choice(["any time", *PHASES]) if rng.random() < 0.5 else "any time"
-            killed = _killed(recipe, rng, phase, expected[kind][1])
-            resumes += killed.said.count("going on after step")
-            if killed.code == -signal.SIGKILL:
-                where[phase] += 1
-            elif killed.code:
-                losses.append(f"run {runs}: {killed.said[-500:]}")
-        done = sitting(recipe)
-        resumes += done.said.count("going on after step")
-        if done.code:
-            losses.append(f"run {runs}: exit code {done.code}: {done.said[-500:]}")
-        elif other := differences(recipe.parent / "run", expected[kind][0]):
-            losses.append(f"run {runs}: {', '.join(other)}")
-        shutil.rmtree(recipe.parent)
+    jobs = []
+    while left := wanted - sum(number for _, _, number, *_ in jobs):
+        new = len(jobs) < round(4 * share)
+        kind = list(KINDS)[(seed + len(jobs)) % len(KINDS)]
+        number = min(left, rng.randint(1, 5))
+        jobs.append((folder, kind, number, f"{seed}.{len(jobs)}", new))
+    found = list(side_by_side(_kill_runs, jobs))
+    where = sum((k.where for k in found), Counter())
+    losses = [line for k in found for line in k.losses]
     print(
-        f"kills: {sum(where.values())} of {runs} runs {dict(where)}, resumed from within a stage "
-        f"{resumes} times, losses: {len(losses)}"
+        f"kills: {where.total()} of {sum(k.runs for k in found)} runs {dict(where)}, of them "
+        f"{sum(j[2] for j in jobs if j[4])} in new interpreters; resumed from within a stage "
+        f"{sum(k.resumes for k in found)} times, losses: {len(losses)}"
     )
     return losses
+
+
+def _kill_runs(folder: Path, kind: str, wanted: int, seed: str, new: bool) -> Killed:
+    """Kill a run so many times, or another one where it came to its end before."""
+    rng = random.Random(seed)
+    where: Counter[str] = Counter()
+    losses: list[str] = []
+    runs = resumes = 0
+    seconds = facts_of(folder, kind)["seconds"]
+    while where.total() < wanted:
+        runs += 1
+        recipe = recipe_of(folder, kind, folder / f"killed {seed}.{runs}")
+        code = None
+        while code != 0:
+            phase = rng.choice(["any time", *PHASES]) if rng.random() < 0.5 else "any time"
+            if where.total() == wanted:
+                done = sitting(recipe, new=new)
+            elif new:
+                phase = "any time, new interpreter"
+                done = sitting(recipe, seconds=rng.uniform(0, 3 * seconds), new=True)
+            else:
+                done = _killed(recipe, rng, phase, seconds)
+            code = done.code
+            resumes += done.said.count("going on after step")
+            if code == -signal.SIGKILL:
+                where[phase] += 1
+            elif code:
+                losses.append(f"run {seed}.{runs}: exit code {code}: {done.said[-500:]}")
+                break
+        else:
+            if other := differences(recipe.parent / "run", expected(folder, kind)):
+                losses.append(f"run {seed}.{runs}: {', '.join(other)}")
+        if losses:
+            break
+        shutil.rmtree(recipe.parent)
+    return Killed(where, runs, resumes, losses)
 
 
 def _killed(recipe: Path, rng: random.Random, phase: str, seconds: float) -> Ended:
@@ -174,6 +289,8 @@ def _killed(recipe: Path, rng: random.Random, phase: str, seconds: float) -> End
 
 # --- a file system that fails ---------------------------------------------------------------------
 
+FAULTY = "whole weights"
+"""The kind of the runs that faults happen to."""
 FAULTS = {
     "ENOSPC": errno.ENOSPC,
     "EIO": errno.EIO,
@@ -239,63 +356,58 @@ class Faulty:
 _save_file = safetensors.torch.save_file
 
 
-def faults(share: float, seed: int, folder: Path) -> list[str]:
+def faults(share: float, seed: int, folder: Path, side_by_side: SideBySide) -> list[str]:
     """One write of a run fails; the message names path and cure; the same command then ends as
-    ever. All writes, or a share of them."""
-    rng = random.Random(seed)
-    kind = "whole weights"
-    expected, _ = reference(folder / "whole", kind)
-    counted = folder / "count.txt"
-    recipe = write_recipe(folder / "counted", **KINDS[kind])
-
-    def count(patch: pytest.MonkeyPatch) -> None:
-        faulty = Faulty(recipe.parent / "run", None, "")
-        faulty.install(patch)
-        real = srppo.cli.main
-
-        def main() -> None:
-            try:
-                real()
-            finally:  # it ends by SystemExit
-                counted.write_text(str(faulty.count))
-
-        patch.setattr(srppo.cli, "main", main)
-
-    done = sitting(recipe, count)
-    assert done.code == 0, done.said
-    writes = int(counted.read_text())
-    chosen = sorted(rng.sample(range(1, writes + 1), max(1, round(writes * share))))
-    losses, ended = [], Counter()
-    for i, number in enumerate(chosen):
-        fault = list(FAULTS)[i % len(FAULTS)]
-        recipe = write_recipe(folder / f"fault {number}", **KINDS[kind])
-        run = recipe.parent / "run"
-        failed = sitting(recipe, Faulty(run, number, fault).install)
-        ended[f"{fault}: exit code {failed.code}"] += 1
-        named = str(run) in failed.said and ("again" in failed.said or "output_dir" in failed.said)
-        if failed.code not in (0, 2) or "Traceback" in failed.said or (failed.code and not named):
-            losses.append(f"write {number}, {fault}: code {failed.code}: {failed.said[-600:]}")
-        done = sitting(recipe)
-        if done.code:
-            losses.append(f"write {number}, {fault}, again: {done.said[-600:]}")
-        elif other := differences(run, expected):
-            losses.append(f"write {number}, {fault}, again: {', '.join(other)}")
-        shutil.rmtree(recipe.parent)
-    print(f"faults: {len(chosen)} of {writes} writes {dict(ended)}, losses: {len(losses)}")
+    ever. All writes, or a share of them; another seed gives each another fault."""
+    writes = facts_of(folder, FAULTY)["writes"]
+    chosen = random.Random(seed).sample(range(1, writes + 1), max(1, round(writes * share)))
+    kinds = list(FAULTS)
+    jobs = [(folder, number, kinds[(number + seed) % len(kinds)]) for number in sorted(chosen)]
+    found = list(side_by_side(_fault, jobs))
+    losses = [line for _, lines in found for line in lines]
+    ended = Counter(end for end, _ in found)
+    print(f"faults: {len(jobs)} of {writes} writes {dict(ended)}, losses: {len(losses)}")
     return losses
+
+
+def _fault(folder: Path, number: int, fault: str) -> tuple[str, list[str]]:
+    """How it ended, and losses."""
+    losses = []
+    recipe = recipe_of(folder, FAULTY, folder / f"fault {number}")
+    run = recipe.parent / "run"
+    failed = sitting(recipe, Faulty(run, number, fault).install)
+    named = str(run) in failed.said and ("again" in failed.said or "output_dir" in failed.said)
+    if failed.code not in (0, 2) or "Traceback" in failed.said or (failed.code and not named):
+        losses.append(f"write {number}, {fault}: code {failed.code}: {failed.said[-600:]}")
+    done = sitting(recipe)
+    if done.code:
+        losses.append(f"write {number}, {fault}, again: {done.said[-600:]}")
+    elif other := differences(run, expected(folder, FAULTY)):
+        losses.append(f"write {number}, {fault}, again: {', '.join(other)}")
+    shutil.rmtree(recipe.parent)
+    return f"{fault}: exit code {failed.code}", losses
 
 
 # --- damage ---------------------------------------------------------------------------------------
 
 
-def damage(share: float, seed: int, folder: Path) -> list[str]:
+def damage(share: float, seed: int, folder: Path, side_by_side: SideBySide) -> list[str]:
     """Bits flipped and ends cut off, anywhere in a real checkpoint: each is noticed."""
+    each = max(2, round(200 * share)) // len(KINDS) + 1
+    jobs = [(folder, kind, each, f"{seed}.{kind}") for kind in KINDS]
+    losses = [line for lines in side_by_side(_damage, jobs) for line in lines]
+    tried = each * len(jobs)
+    print(f"damage: {tried} tried, {tried - len(losses)} noticed, losses: {len(losses)}")
+    return losses
+
+
+def _damage(folder: Path, kind: str, number: int, seed: str) -> list[str]:
     rng = random.Random(seed)
-    reference(folder, "whole weights")
-    run = folder / "run"
-    losses, noticed = [], 0
-    for i in range(max(2, round(200 * share))):
-        stage = rng.choice(["sft", "ppo", "controls/rloo"])
+    run = folder / f"damaged {kind}"
+    shutil.copytree(folder / kind / "run", run)
+    losses = []
+    for i in range(number):
+        stage = rng.choice(stages_of(run))
         newest = max((run / "checkpoints" / stage).iterdir())
         file = rng.choice(sorted(newest.iterdir()))
         whole = file.read_bytes()
@@ -305,13 +417,10 @@ def damage(share: float, seed: int, folder: Path) -> list[str]:
         file.write_bytes(changed if i % 2 else whole[:place])
         said: list[str] = []
         found = Checkpoints(run, stage, 2, said.append).newest
-        if found and found.path != newest and len(said) == 1 and str(newest) in said[0]:
-            noticed += 1
-        else:
+        if not (found and found.path != newest and len(said) == 1 and str(newest) in said[0]):
             losses.append(f"{file.relative_to(run)}, byte {place}: {said}")
         file.write_bytes(whole)
         assert Checkpoints(run, stage, 2, said.append).newest.path == newest
-    print(f"damage: {noticed} noticed, losses: {len(losses)}")
     return losses
 
 
@@ -388,10 +497,10 @@ def garbage_data(draw: Any) -> tuple[str, bytes]:
     return name, "\n".join(lines).encode("utf-8", errors="replace")
 
 
-def _fuzz(name: str, strategy: Any, examples: int, seed: int, check: Callable[[Any], str]) -> Any:
-    """`check` says what is wrong with how a command took an example, or nothing."""
+def _fuzz(strategy: Any, examples: int, seed: int, check: Callable[[Any], str]) -> list[str]:
+    """Losses; `check` says what is wrong with how a command took an example, or nothing."""
     losses: list[str] = []
-    codes: Counter[int] = Counter()
+    tried = 0
 
     @hypothesis_seed(seed)
     @settings(
@@ -403,13 +512,13 @@ def _fuzz(name: str, strategy: Any, examples: int, seed: int, check: Callable[[A
     )
     @given(strategy)
     def run(example: Any) -> None:
-        wrong = check(example)
-        codes[0 if not wrong else 1] += 1
-        if wrong:
+        nonlocal tried
+        tried += 1
+        if wrong := check(example):
             losses.append(f"{example!r:.300}: {wrong}")
 
     run()
-    print(f"{name}: {codes.total()} tried, losses: {len(losses)}")
+    assert tried >= examples, f"only {tried} of {examples} examples"
     return losses
 
 
@@ -424,20 +533,39 @@ def _wrong(*command: Any) -> str:
     return "" if "error: " in done.err and "Traceback" not in done.err else done.err[-300:]
 
 
-def recipes(share: float, seed: int, folder: Path) -> list[str]:
+def _garbage(name: str, work: Any, share: float, seed: int, folder: Path, beside: Any) -> list[str]:
+    """2000 examples in eight portions, each of another seed."""
+    each = max(3, round(2000 * share / 8))
+    jobs = [(folder / f"{name} {i}", each, 8 * seed + i) for i in range(8)]
+    losses = [line for lines in beside(work, jobs) for line in lines]
+    print(f"{name}: {8 * each} tried, losses: {len(losses)}")
+    return losses
+
+
+def recipes(share: float, seed: int, folder: Path, side_by_side: SideBySide) -> list[str]:
     """Recipes that cannot be run."""
+    return _garbage("recipes", _recipes, share, seed, folder, side_by_side)
+
+
+def _recipes(folder: Path, examples: int, seed: int) -> list[str]:
+    folder.mkdir()
     path = folder / "recipe.yaml"
 
     def check(content: bytes) -> str:
         path.write_bytes(content)
         return _wrong("run", path)
 
-    found = _fuzz("recipes", garbage_recipes(folder), max(20, round(2000 * share)), seed, check)
+    found = _fuzz(garbage_recipes(folder), examples, seed, check)
     return found + ([f"{folder / 'run'} was made"] if (folder / "run").exists() else [])
 
 
-def data(share: float, seed: int, folder: Path) -> list[str]:
+def data(share: float, seed: int, folder: Path, side_by_side: SideBySide) -> list[str]:
     """Files of which no row can be used, as demonstrations."""
+    return _garbage("data", _data, share, seed, folder, side_by_side)
+
+
+def _data(folder: Path, examples: int, seed: int) -> list[str]:
+    folder.mkdir()
     logging.disable(logging.CRITICAL)  # a library's own words about each file
 
     def check(example: tuple[str, bytes]) -> str:
@@ -445,24 +573,45 @@ def data(share: float, seed: int, folder: Path) -> list[str]:
         path.write_bytes(example[1])
         return _wrong("data", "check", path)
 
-    return _fuzz("data", garbage_data(), max(20, round(2000 * share)), seed, check)
+    return _fuzz(garbage_data(), examples, seed, check)
 
 
+# --- all of it ------------------------------------------------------------------------------------
+
+SideBySide = Callable[[Callable[..., Any], Iterable[tuple[Any, ...]]], Iterator[Any]]
+"""What a function returns for each tuple of arguments, called in several processes."""
 PARTS = {f.__name__: f for f in (kills, faults, damage, recipes, data)}
+
+
+def _call(job: tuple[Callable[..., Any], tuple[Any, ...]]) -> Any:
+    work, arguments = job
+    return work(*arguments)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("parts", nargs="*", choices=[*PARTS, []], default=list(PARTS))
+    parser.add_argument("parts", nargs="*", choices=[*PARTS, []], default=[])
     parser.add_argument("--share", type=float, default=1.0, help="of the full number of tries")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--processes", type=int, default=2)
     arguments = parser.parse_args()
+    print(f"seed {arguments.seed}, {arguments.share:.0%} of all, {arguments.processes} processes")
     losses = []
-    for name in arguments.parts:
-        started = time.monotonic()
-        with tempfile.TemporaryDirectory() as folder:
-            losses += PARTS[name](arguments.share, arguments.seed, Path(folder))
-        print(f"    {time.monotonic() - started:.0f} s", flush=True)
+    with tempfile.TemporaryDirectory() as name:
+        folder, started = Path(name), time.monotonic()
+        warm_up(folder)
+        print(f"    {time.monotonic() - started:.0f} s to warm up", flush=True)
+        fork = multiprocessing.get_context("fork")
+        with ProcessPoolExecutor(arguments.processes, fork) as pool:
+            for part in arguments.parts or PARTS:
+                started = time.monotonic()
+                losses += PARTS[part](
+                    arguments.share,
+                    arguments.seed,
+                    folder,
+                    lambda work, jobs: pool.map(_call, [(work, job) for job in jobs]),
+                )
+                print(f"    {time.monotonic() - started:.0f} s", flush=True)
     print(*losses, sep="\n")
     sys.exit(1 if losses else 0)
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import tomllib
+from pathlib import Path
 
 import pytest
 
@@ -16,6 +18,7 @@ ARGUMENTS = {
     **dict.fromkeys(("chat", "export", "push"), "DIR"),
     "data": "check",
     "compare": "NAME=DIR",
+    "reproduce": "NAME",
     "eval": "MODEL",
 }
 
@@ -36,6 +39,12 @@ def test_help_is_there_at_once_for_it_loads_no_torch():
     assert "LOADED set()" in done.out
     for command in ARGUMENTS:
         assert re.search(rf"\b{command}\b", done.out)
+
+
+def test_the_version_is_that_of_the_package():
+    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
+    done = srppo_command("--version")
+    assert (done.code, done.out) == (0, f"{project['version']}\n")
 
 
 def test_importing_the_package_loads_no_torch():
@@ -272,11 +281,13 @@ def test_what_can_be_known_before_anything_is_written_is_known_then(kind, tmp_pa
     ("content", "words"),
     [
         (None, ["recipe.yaml", "cannot be read", "No such file", "Give the path of a YAML file"]),
-        ("name: [1\n", ["not readable YAML", "Mend that line"]),
+        ("name: [1\n", ["not readable YAML", "line 2, column 1. Mend that line"]),
+        ("name: a\nmodel:\n\tbase: b\n", ["line 3, column 1: a tab, and YAML", "blanks. Mend"]),
+        ("name: a\nmodel: @b\n", ["line 2, column 8. Mend that line"]),
         ("- a\n- b\n", ["holds no settings", "Start from recipes/miniature.yaml"]),
         ("output_dir: x\nmodel: {base: y}\n", ["name: missing", "Add it to the recipe"]),
     ],
-    ids=["not there", "bad YAML", "a list", "a key missing"],
+    ids=["not there", "bad YAML", "a tab", "no tab", "a list", "a key missing"],
 )
 def test_recipes_that_cannot_be_read(content, words, tmp_path):
     path = tmp_path / "recipe.yaml"
@@ -293,7 +304,14 @@ def test_recipes_that_cannot_be_read(content, words, tmp_path):
     [
         ("ppo.kl_coef", ["'ppo.kl_coef' is not of the form key=value", "ppo.kl_coef=0.5"]),
         ("ppo.kl_coef=", ["ppo.kl_coef=None", "valid number"]),
-        ("ppo.kl_coef=high", ["ppo.kl_coef='high'", "valid number"]),
+        (
+            "ppo.kl_coef=high",
+            [
+                "'high': input should be a valid number or 'auto', so that nothing",
+                "or on the command line",
+            ],
+        ),
+        ("ppo.clip=high", ["'high': input should be a valid number, so that nothing can be run"]),
         ("ppo.kl=0.5", ["ppo.kl: no such setting"]),
         ("ppo=5", ["ppo=5: a group of settings"]),
         ("eval.temperatures[0]=1.0", ["an override does not fit"]),

@@ -267,7 +267,11 @@ def test_keys_and_types_that_are_refused(changes, words):
     [
         ({"ppo": {"estimator": "rloo"}}, "Set ppo.responses_per_prompt=4."),
         ({"ppo": {"kl_coef": "auto", "reward": "mean"}}, "Set ppo.kl_coef=0.5, say."),
-        ({"ppo": {"kl_coef": "auto", "token_clip": 1.0}}, "Set ppo.kl_coef=0.5, say."),
+        (
+            {"ppo": {"kl_coef": "auto", "plausibility": 0.1, "kl_ref": "base"}},
+            "Set ppo.kl_coef=0.5, say.",
+        ),
+        ({"ppo": {"plausibility": 1.5}}, "ppo.plausibility=1.5"),
         ({"ppo": {"responses_per_prompt": 3}}, "Try ppo.rollouts_per_step=1023."),
         ({"ppo": {"rollouts_per_step": 2, "responses_per_prompt": 3}}, "rollouts_per_step=3."),
         ({"sft": {"batch_size": 30, "micro_batch_size": 8}}, "Try micro_batch_size=2."),
@@ -319,6 +323,8 @@ def test_an_override_that_does_not_fit_is_refused(override, minimal):
         b"just words\n",
         b"- a\n- list\n",
         b"name: [1\n",
+        b"[",
+        "name: \u2028{".encode(),
         b"name:\n\tbase: a tab\n",
         b"name: a\nname: b\n",
         b"\xff\xfe\x00\xd8",
@@ -363,3 +369,28 @@ def test_offload_is_refused_where_a_control_is_all_action():
     }
     with pytest.raises(ConfigError, match=r"model\.offload with"):
         parse_recipe(tree)
+
+
+@pytest.mark.parametrize(
+    "control",
+    [
+        {"ppo": {}, "against": "halfway"},
+        {"ppo": {"plausibility": 0.1}},
+        {"ppo": {"token_clip": 1.0, "kl_coef": "auto"}},
+    ],
+)
+def test_auto_is_refused_where_the_audit_is_of_another_reward(control):
+    tree = {
+        "name": "x",
+        "output_dir": "runs/x",
+        "model": {"base": "srppo:miniature"},
+        "data": {"demonstrations": "d.jsonl"},
+        "ppo": {"kl_coef": "auto"},
+        "controls": {"other": control},
+    }
+    with pytest.raises(
+        ConfigError, match=r"controls\.other with kl_coef=auto.*controls\.other\.ppo"
+    ):
+        parse_recipe(tree)
+    control["ppo"]["kl_coef"] = 0.5
+    parse_recipe(tree)

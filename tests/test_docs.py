@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from warm import warm_srppo
+
 ROOT = Path(__file__).parents[1]
 PAGES = sorted((ROOT / "docs").glob("*.md"))
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.DOTALL | re.MULTILINE)
@@ -21,10 +23,12 @@ ELSEWHERE = {
     "plugins.md": "tests/plugins/test_trl.py",
 }
 """Pages whose commands another test runs."""
+SHORT = "data.max_prompt_tokens=24 data.max_response_tokens=12"
+"""The miniature has 64 positions."""
 SMALL = (
-    "controls=null data.demonstrations_limit=24 data.held_out=4 data.prompts_limit=16 "
-    "data.max_prompt_tokens=24 data.max_response_tokens=12 ppo.steps=2 ppo.rollouts_per_step=8 "
-    "ppo.minibatch_size=8 eval.limit=12 eval.every=null audit.prompts=4"
+    f"controls=null data.demonstrations_limit=24 data.held_out=4 data.prompts_limit=16 {SHORT} "
+    "ppo.steps=2 ppo.rollouts_per_step=8 ppo.minibatch_size=8 eval.limit=12 eval.every=null "
+    "audit.prompts=4"
 )
 NAMES = {"MODEL": "srppo:miniature", "SOURCE": "mine.jsonl", "RECIPE": "recipes/miniature.yaml"}
 """What a reader fills in."""
@@ -37,7 +41,9 @@ def blocks(page: Path) -> list[tuple[str, str]]:
 def as_run(line: str) -> str:
     """A line of a page with a reader's names, and small."""
     line = re.sub(r"\b(MODEL|SOURCE|RECIPE)\b", lambda match: NAMES[match[0]], line)
-    if re.match(r"srppo (run|sft|audit|ppo) ", line) and "--dry-run" not in line:
+    if "--dry-run" in line:
+        return f"{line} {SHORT}" if NAMES["MODEL"] in line else line
+    if re.match(r"srppo (run|sft|audit|ppo) ", line):
         shown = "baselines" in line or "controls." in line  # what the line is about
         return f"{line.split('#')[0]} {SMALL.removeprefix('controls=null ') if shown else SMALL}"
     return line
@@ -57,11 +63,20 @@ def test_every_page_with_code_is_run():
         assert page in (ROOT / test).read_text(encoding="utf-8")
 
 
+@pytest.fixture(scope="module")
+def binaries(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bin")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_HUB_OFFLINE", "1")
+        with warm_srppo(folder):
+            yield folder
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "page", [p for p in PAGES if p.name not in ELSEWHERE], ids=lambda p: p.stem
 )
-def test_the_code_of_a_page_runs_from_top_to_bottom(page, tmp_path):
+def test_the_code_of_a_page_runs_from_top_to_bottom(page, tmp_path, binaries):
     code = [(kind, text) for kind, text in blocks(page) if kind in ("bash", "python")]
     if not code:
         pytest.skip("no code on this page")
@@ -70,10 +85,6 @@ def test_the_code_of_a_page_runs_from_top_to_bottom(page, tmp_path):
         r"<<'ROWS'\n(.*?)^ROWS", (ROOT / "docs/own-data.md").read_text(), re.M | re.S
     )
     (tmp_path / "mine.jsonl").write_text(own)
-    binaries = tmp_path / "bin"
-    binaries.mkdir()
-    (binaries / "srppo").write_text(f'#!/bin/sh\nexec {sys.executable} -m srppo "$@"\n')
-    (binaries / "srppo").chmod(0o755)
     for kind, text in code:
         command = (
             ["bash", "-eu", "-c", runnable(text)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 
 import pytest
 import torch
@@ -359,6 +360,25 @@ def test_kl_coef_auto_trains_with_what_the_audit_found(tmp_path):
     assert weights[0] == weights[1]
 
 
+def test_a_control_with_auto_and_nothing_to_extrapolate_is_left_out(tmp_path, capsys):
+    """The others are trained all the same, and the run comes to its end."""
+    controls = {
+        name: {"ppo": {"kl_coef": beta, "steps": 1}}
+        for name, beta in (("auto", "auto"), ("one", 1))
+    }
+    overfitted = {"learning_rate": 0.01, "epochs": 20, "optimizer": "adamw"}
+    recipe = write_recipe(tmp_path, sft=overfitted, controls=controls)
+    run = Run(load_recipe(recipe), Reporter())
+    run.all()
+    assert json.loads((run.dir.path / "audit.json").read_text())["curve"]["lam_star"] <= 1
+    said = capsys.readouterr()
+    assert "auto: left out, for the audit finds nothing to extrapolate" in said.out + said.err
+    assert (run.dir.path / "controls/one/model.safetensors").is_file()
+    assert not (run.dir.path / "controls/auto").exists()
+    rows = json.loads((run.dir.path / "results.json").read_text())["rows"]
+    assert {row["model"] for row in rows} == {"base", "sft", "policy", "one"}
+
+
 def test_kl_coef_auto_without_held_out_demonstrations_says_so_first(tmp_path):
     recipe = write_recipe(tmp_path, data={"held_out": 0}, ppo={"kl_coef": "auto"})
     said = srppo_command("run", recipe)
@@ -482,3 +502,13 @@ def test_what_is_trained_is_float32_also_beside_bfloat16_models(tmp_path):
     for name in ("sft", "policy"):
         weights = load_file(run.dir.path / name / "model.safetensors")
         assert {w.dtype for w in weights.values()} == {torch.float32}
+
+
+def test_a_run_directory_that_is_removed_between_two_stages_is_told_as_that(tmp_path):
+    """Not as a model that is missing, whose cure would be another model."""
+    run = Run(load_recipe(write_recipe(tmp_path)), Reporter(quiet=True))
+    run.sft()
+    shutil.rmtree(run.dir.path)
+    with pytest.raises(RunDirError, match=r"the run directory was removed.*same command again"):
+        run.audit()
+    assert not run.dir.path.exists()

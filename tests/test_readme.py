@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from warm import warm_srppo
+
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```(bash|python)\n(.*?)```", README, re.DOTALL)
@@ -28,19 +30,31 @@ SMALL = [
 ]
 
 
-def srppo(*arguments: str) -> str:
-    done = subprocess.run(
-        [sys.executable, "-m", "srppo", *arguments],
-        cwd=ROOT, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+@pytest.fixture(scope="module")
+def srppo(tmp_path_factory):
+    """The command, with text to read; what it prints."""
+    folder = tmp_path_factory.mktemp("bin")
+
+    def run(*arguments: str, stdin: str = "") -> str:
+        done = subprocess.run(
+            [str(folder / "srppo"), *arguments],
+            cwd=ROOT, input=stdin, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    with warm_srppo(folder):
+        yield run
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory) -> Path:
+    """In an interpreter of its own, as a reader's."""
     run_dir = tmp_path_factory.mktemp("runs") / "miniature"
-    srppo("run", "recipes/miniature.yaml", f"output_dir={run_dir}", *SMALL)
+    command = [sys.executable, "-m", "srppo", "run", "recipes/miniature.yaml"]
+    command += [f"output_dir={run_dir}", *SMALL]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
     return run_dir
 
 
@@ -65,7 +79,7 @@ def test_every_command_is_known():
 KNOWN = ["srppo run recipes/laptop.yaml model.base=MODEL data.demonstrations=FILE.jsonl"]
 
 
-def test_own_model_and_data(tmp_path):
+def test_own_model_and_data(tmp_path, srppo):
     data = tmp_path / "mine.jsonl"
     rows = [f'{{"prompt": "copy : {a} {b}", "response": "{a} {b}"}}' for a in "abc" for b in "def"]
     data.write_text("\n".join([*rows, '{"prompt": "no response"}']))
@@ -82,27 +96,38 @@ def test_own_model_and_data(tmp_path):
 
 
 @pytest.mark.parametrize("command", ["run", "sft", "audit", "ppo"])
-def test_the_commands_of_the_table_accept_a_recipe(command, finished):
+def test_the_commands_of_the_table_accept_a_recipe(command, finished, srppo):
     srppo(command, "recipes/miniature.yaml", f"output_dir={finished}", *SMALL)
 
 
-def test_report_and_summary(finished):
+def test_report_and_summary(finished, srppo):
     assert "report.html" in srppo("report", str(finished))
     assert "| policy | T=1 |" in srppo("summary", str(finished))
     table = re.findall(r"^\| `srppo (\w+)", README, re.MULTILINE)
     assert table == [
-        *("run", "run", "run", "sweep", "sft", "audit", "ppo", "data", "eval", "eval", "eval"),
+        *(
+            "run",
+            "run",
+            "run",
+            "sweep",
+            "reproduce",
+            "sft",
+            "audit",
+            "ppo",
+            "data",
+            "eval",
+            "eval",
+            "eval",
+        ),
         *("report", "summary", "compare", "chat", "export", "push", "serve"),
     ]
 
 
-def test_chat_and_export(finished, tmp_path):
-    arguments = ["--compare", f"sft={finished / 'sft'}"]
-    done = subprocess.run(
-        [sys.executable, "-m", "srppo", "chat", str(finished), *arguments],
-        input="copy : a b\n", capture_output=True, text=True, check=True,
-    )  # fmt: skip
-    assert [line.split(":")[0] for line in done.stdout.splitlines()] == [finished.name, "sft"]
+def test_chat_and_export(finished, tmp_path, srppo):
+    said = srppo(
+        "chat", str(finished), "--compare", f"sft={finished / 'sft'}", stdin="copy : a b\n"
+    )
+    assert [line.split(":")[0] for line in said.splitlines()] == [finished.name, "sft"]
     srppo("export", str(finished), str(tmp_path / "out"))
     assert (tmp_path / "out" / "README.md").is_file()
 

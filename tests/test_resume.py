@@ -10,6 +10,7 @@ import json
 import os
 import re
 import signal
+import time
 from pathlib import Path
 from pkgutil import resolve_name
 
@@ -18,6 +19,7 @@ import torch
 
 from runs import srppo_command, timeless, write_recipe
 from sittings import LORA, SETTINGS, at_call, differences, only_what_is_compared, result_of
+from srppo.train.state import Checkpoints
 
 
 class Killed(BaseException):
@@ -99,6 +101,17 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_end(
     recipe, tmp_path, finished, monkeypatch, moment
 ):
     kill(monkeypatch, recipe, *MOMENTS[moment])
+    done = srppo_command("run", recipe)
+    assert done.code == 0, done.err
+    require_same(tmp_path / "run", finished)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", ["write 14", "flush 45", "a control"])
+def test_killed_while_a_checkpoint_is_written_meanwhile(
+    recipe, tmp_path, finished, monkeypatch, moment
+):
+    kill(monkeypatch, recipe, *MOMENTS[moment], "checkpoint.overlap=true")
     done = srppo_command("run", recipe)
     assert done.code == 0, done.err
     require_same(tmp_path / "run", finished)
@@ -236,6 +249,28 @@ def test_a_step_that_takes_longer_than_the_grace_is_abandoned_and_done_again(
     require_same(tmp_path / "run", finished)
 
 
+def test_a_signal_waits_for_what_is_being_written_meanwhile(
+    recipe, tmp_path, finished, monkeypatch
+):
+    """It comes in the rollout of step 3, while step 2 goes to a slow disk."""
+    written, real = [], Checkpoints._write
+
+    def slow(self, step, *args):
+        if self.folder.name == "ppo" and step == 2:
+            time.sleep(1)
+        real(self, step, *args)
+        written.append(step)
+
+    monkeypatch.setattr(Checkpoints, "_write", slow)
+    target = "srppo.rollout.hf.HFSampler.sample"
+    done = interrupt(monkeypatch, recipe, target, 6, "checkpoint.overlap=true")
+    assert done.code == 143
+    assert written == [1, 2, 3, 4, 1, 2]
+    assert "kept at step 2" in done.err
+    assert srppo_command("run", recipe, "checkpoint.overlap=true").code == 0
+    require_same(tmp_path / "run", finished)
+
+
 # --- another run ----------------------------------------------------------------------------------
 
 
@@ -270,7 +305,9 @@ def test_a_changed_recipe_goes_on_from_the_checkpoint_if_that_is_allowed(
     rates = [line["learning_rate"] for line in timeless(tmp_path / "run/metrics/ppo.jsonl")]
     assert rates == pytest.approx([1e-3, 1e-3, 1e-5 * 2 / 3, 1e-5 / 3])
     record = json.loads((tmp_path / "run/run.json").read_text())
-    assert record["changes"][0]["changed"] == ["ppo.learning_rate was 0.001 and is now 1e-05"]
+    changed = "ppo.learning_rate was 0.001 and is now 1e-05"
+    assert record["changes"][0]["changed"] == [changed]
+    assert f"changed on the way, {record['changes'][0]['at']}: {changed}" in done.out
 
 
 @pytest.mark.parametrize("number", [3, 7])

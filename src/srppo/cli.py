@@ -7,12 +7,13 @@ import sys
 from contextlib import AbstractContextManager, nullcontext
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from srppo import cli_eval, signals
+from srppo import __version__, cli_data, cli_eval, signals
 from srppo.cli_compare import compare as compare_models
+from srppo.cli_reproduce import reproduce
 from srppo.cli_serve import serve_reward
 from srppo.errors import ConfigError, SrppoError
 
@@ -24,8 +25,8 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     help="Align a language model from demonstrations alone, with Self-Rewarding PPO.",
-    epilog="Exit codes: 0 done, 1 a sweep's run failed, 2 it cannot go on (the message says why), "
-    "130 interrupted, 143 terminated: what a run has done is kept, the same command goes on.",
+    epilog="Exit codes: 0 done, 1 one of several runs failed, 2 it cannot go on (the message says "
+    "why), 130 interrupted, 143 terminated: what a run has done is kept, the same command goes on.",
 )
 
 RecipePath = Annotated[
@@ -52,6 +53,22 @@ AllowChange = Annotated[
 RunDirs = Annotated[list[Path], typer.Argument(metavar="RUN_DIR...", help="Finished runs.")]
 
 
+def _say_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+VersionFlag = typer.Option(
+    "--version", callback=_say_version, is_eager=True, help="Print the version, and nothing else."
+)
+
+
+@app.callback()
+def options(version: Annotated[bool, VersionFlag] = False) -> None:
+    """Those of no command."""
+
+
 @app.command()
 def run(
     recipe: RecipePath,
@@ -66,6 +83,10 @@ def run(
     memory: Annotated[
         str | None, typer.Option(help="With --dry-run: what it has to fit into, as 80GB.")
     ] = None,
+    network: Annotated[
+        str | None,
+        typer.Option(help="With --dry-run --nodes: bytes/s of each GPU to other machines; 50GB."),
+    ] = None,
     fresh: Fresh = False,
     allow_change: AllowChange = False,
     nproc: Annotated[
@@ -78,15 +99,16 @@ def run(
 ) -> None:
     """Both stages, evaluation and report; one that was interrupted goes on where it was."""
     from srppo.progress import stdout
-    from srppo.report.terminal import result_table
+    from srppo.report.terminal import changed_on_the_way, result_table
 
     if dry_run:
-        _plan(recipe, overrides, gpu, memory)
+        _plan(recipe, overrides, gpu, memory, nproc or 1, nodes, network)
         return
-    if gpu or memory:
+    planned = {"--gpu": gpu, "--memory": memory, "--network": network}
+    if given := [name for name, value in planned.items() if value]:
         raise ConfigError(
-            f"{'--gpu' if gpu else '--memory'} without --dry-run has no effect on a run. Add "
-            "--dry-run, or leave it out and set model.device."
+            f"{given[0]} without --dry-run has no effect on a run. Add --dry-run, or leave it out "
+            "and set model.device."
         )
     if nproc or nodes > 1:
         flags = ["--fresh"] * fresh + ["--allow-change"] * allow_change
@@ -103,6 +125,8 @@ def run(
 
         show_results(found, stdout())
         stdout().print(f"Benchmarks: {this.dir.path / 'evals/comparison.html'}")
+    for line in changed_on_the_way(this.dir.record):
+        typer.echo(line)
     stdout().print(f"Model:  {this.dir.path / 'policy'}\nReport: {this.dir.path / 'report.html'}")
 
 
@@ -126,11 +150,12 @@ def audit(
     """Is the reward worth climbing? Needs stage 1, or model.sft=DIR."""
     this = _start(recipe, overrides, allow_change=allow_change)
     findings = this.audit()
-    report = this.report()
-    warnings = findings["warnings"] if findings else []
-    for warning in warnings:
+    if findings is None:
+        typer.echo(f"No audit. Report: {this.report()}")
+        raise typer.Exit(1)
+    for warning in findings["warnings"]:
         typer.echo(f"WARNING: {warning}")
-    typer.echo(f"{len(warnings)} warning(s). Report: {report}")
+    typer.echo(f"{len(findings['warnings'])} warning(s). Report: {this.report()}")
 
 
 @app.command()
@@ -160,7 +185,7 @@ def sweep(
         grids.show_grid(points, stdout())
         return
     with signals.listening():
-        complete = grids.sweep(recipe, points, stdout())
+        complete = grids.sweep(points, stdout())
     if not complete:
         raise typer.Exit(1)
 
@@ -252,65 +277,38 @@ def push(
     typer.echo(f"Pushed: {push(directory, repository, private=private)}")
 
 
+app.command("reproduce")(reproduce)
 app.command("compare")(compare_models)
 app.add_typer(
     cli_eval.app,
     name="eval",
     help="Measure models on IFEval, GSM8K, GPQA and AlpacaEval, or score stored responses.",
 )
+app.add_typer(cli_data.app, name="data", help="Look at data before anything is trained.")
 app.command("serve-reward")(serve_reward)
 
-data = typer.Typer(no_args_is_help=True, help="Look at data before anything is trained.")
-app.add_typer(data, name="data")
 
-
-@data.command("check")
-def data_check(
-    source: Annotated[
-        str,
-        typer.Argument(
-            metavar="SOURCE",
-            help="Preset, file, directory, glob, hub name owner/name:config@revision, generator; "
-            "or a recipe, for all that its run would read.",
-        ),
-    ],
-    model: Annotated[
-        str | None, typer.Option(help="Its tokenizer and template; none: lengths in bytes.")
-    ] = None,
-    prompts: Annotated[bool, typer.Option("--prompts", help="As prompts of stage 2.")] = False,
-    split: Annotated[str, typer.Option(help="Split of the source.")] = "train",
-    columns: Annotated[
-        list[str],
-        typer.Option("--column-map", metavar="KNOWN=OWN", help="prompt=Question; once for each."),
-    ] = [],  # noqa: B006
-    limit: Annotated[int | None, typer.Option(help="Stop after so many usable rows.")] = None,
-    turns: Annotated[Literal["all", "last"], typer.Option(help="Turns with loss.")] = "all",
-    max_prompt_tokens: Annotated[int, typer.Option(help="As in a recipe, with --model.")] = 1024,
-    max_response_tokens: Annotated[int, typer.Option(help="As in a recipe, with --model.")] = 1024,
-    dropped: Annotated[
-        Path | None, typer.Option(help="Write place and reason of every dropped row here.")
-    ] = None,
+def _plan(
+    recipe: str,
+    overrides: list[str] | None,
+    gpu: str | None,
+    memory: str | None,
+    nproc: int,
+    nodes: int,
+    network: str | None,
 ) -> None:
-    """What a run would use of SOURCE, what not and why, and what the model will see."""
-    from srppo.data_check import check
-
-    settings = {
-        "split": split,
-        "assistant_turns": turns,
-        "max_prompt_tokens": max_prompt_tokens,
-        "max_response_tokens": max_response_tokens,
-    }
-    check(source, settings, columns, model=model, prompts=prompts, limit=limit, dropped=dropped)
-
-
-def _plan(recipe: str, overrides: list[str] | None, gpu: str | None, memory: str | None) -> None:
     from srppo.config import load_recipe
 
     checked = load_recipe(recipe, overrides)
+    from srppo.plan.device import parse_bytes
+    from srppo.plan.exchange import Group
+    from srppo.plan.known import NETWORK
     from srppo.plan.show import show_plan
     from srppo.progress import stdout
 
-    show_plan(checked, stdout(), gpu, memory)
+    speed = parse_bytes(network, "--network") if network else NETWORK
+    if not show_plan(checked, stdout(), gpu, memory, Group(nproc, nodes, speed)):
+        raise typer.Exit(2)
 
 
 def _launch(nproc: int, arguments: list[str], nodes: int, rendezvous: str | None) -> int:

@@ -18,6 +18,7 @@ from srppo.config_data import DataConfig
 from srppo.config_eval import EvalConfig
 from srppo.config_model import LoRAConfig as LoRAConfig
 from srppo.config_model import ModelConfig as ModelConfig
+from srppo.config_rollout import RolloutConfig
 from srppo.errors import ConfigError
 from srppo.validation import (
     Fraction,
@@ -99,7 +100,8 @@ class PPOConfig(Section):
     """Responses per optimizer step (ours); the last one of a pass may be smaller."""
     compute: Literal["float32", "bfloat16"] = "float32"
     """Matrix products of sampling and of the update; weights and log-probabilities are float32.
-    The reward's own precision is model.dtype."""
+    A CPU whose hardware has no bfloat16 is slower in it. With model.shard it holds for all of the
+    policy, scored before the update, too. The reward's own precision is model.dtype."""
     max_tokens_per_batch: Positive = 16384
     """Tokens, padding included, per forward pass; memory and speed only."""
     gradient_checkpointing: bool = False
@@ -116,7 +118,10 @@ class PPOConfig(Section):
     reward: Literal["sum", "mean"] = "sum"
     """The log-ratio summed over the response (paper), or its mean per token."""
     token_clip: PositiveFloat | None = None
-    """Bound in nats on each token's log-ratio; the bounded fraction is logged."""
+    """Bound in nats on each token's log-ratio; the bounded fraction is logged (ours)."""
+    plausibility: Annotated[float, Field(gt=0, le=1)] | None = None
+    """A token less likely under pi_sft than this share of its likeliest one pays for that instead
+    of earning its log-ratio; such tokens' share is logged (ours; docs/LOG.md measures 0.1)."""
     missing_eos_penalty: NonNegativeFloat = 0.0
     """Nats taken from responses that were cut off at max_response_tokens."""
 
@@ -141,7 +146,8 @@ class PPOConfig(Section):
     value_warmup_steps: NonNegative = 0
     """ppo: first steps in which only the critic learns; they come on top of `steps`."""
     update_kl_limit: PositiveFloat | None = None
-    """A step's remaining minibatches are left out once KL(old||new) exceeds this, nats a token."""
+    """A step's remaining minibatches are left out once KL(old||new) exceeds this, nats a token.
+    0.01 kept learning rates that are high from losing responses for good (docs/LOG.md)."""
     max_kl: PositiveFloat = 50.0
     """Training stops once KL(pi_theta||pi_ref) exceeds this, nats a response (ours)."""
     on_bad_numbers: Literal["stop", "skip"] = "stop"
@@ -160,10 +166,12 @@ class PPOConfig(Section):
                 "reward=mean with estimator=all_action: the length that it divides by is not known "
                 "before the response ends, so no single token has a reward. Set ppo.reward=sum."
             )
-        if self.kl_coef == "auto" and (self.reward == "mean" or self.token_clip):
+        bounded_from_base = self.is_bounded and self.kl_ref == "base"
+        if self.kl_coef == "auto" and (self.reward == "mean" or bounded_from_base):
             raise ValueError(
-                "kl_coef=auto with reward=mean or token_clip: the audit's curve is of the plain "
-                "sum, so its beta would not be this reward's. Set ppo.kl_coef=0.5, say."
+                "kl_coef=auto with reward=mean, or with kl_ref=base and a bound on tokens: the "
+                "audit's curve is of sums, and bounded it begins at the SFT model, so its beta "
+                "would not be this reward's. Set ppo.kl_coef=0.5, say."
             )
         left_over = self.rollouts_per_step % self.responses_per_prompt
         if left_over:
@@ -180,6 +188,11 @@ class PPOConfig(Section):
         """`kl_coef` as a number, which `auto` is not before the audit."""
         assert self.kl_coef != "auto"
         return self.kl_coef
+
+    @property
+    def is_bounded(self) -> bool:
+        """Whether a single token's part of the reward is."""
+        return self.token_clip is not None or self.plausibility is not None
 
 
 class AuditConfig(Section):
@@ -203,6 +216,7 @@ class Recipe(Section):
     sft: SFTConfig = SFTConfig()
     audit: AuditConfig = AuditConfig()
     ppo: PPOConfig = PPOConfig()
+    rollout: RolloutConfig = RolloutConfig()
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     controls: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9][\w.@-]*$")], ControlConfig] = Field(
@@ -245,6 +259,16 @@ class Recipe(Section):
                 "the frozen models at every chunk, and each process another number of chunks. Set "
                 "ppo.estimator=ppo, or model.shard=false."
             )
+        if self.rollout.engine == "continuous" and self.model.shard:
+            raise ValueError(
+                "rollout.engine=continuous with model.shard: transformers' continuous batching "
+                "knows no weights in pieces. Set rollout.engine=transformers or vllm."
+            )
+        if self.rollout.weight_transfer == "nccl" and self.model.lora:
+            raise ValueError(
+                "rollout.weight_transfer=nccl with model.lora: the server reads adapters from a "
+                "directory only. Leave weight_transfer out."
+            )
         for name, control in self.controls.items():
             if name in ("base", "sft", "policy"):
                 raise ValueError(
@@ -265,7 +289,18 @@ class Recipe(Section):
                 if changes := getattr(control, section):
                     kind, merged = self._changed(section, changes)
                     validate(kind, merged, prefix=("controls", name, section))
+            if control.ppo is not None and self._has_no_curve(control):
+                raise ValueError(
+                    f"controls.{name} with kl_coef=auto: the audit is of the run's reward, not of "
+                    f"this one's. Set controls.{name}.ppo.kl_coef to a number."
+                )
         return self
+
+    def _has_no_curve(self, control: ControlConfig) -> bool:
+        """Whether it takes its beta from an audit of another reward than its own."""
+        own = self.with_control(control).ppo
+        bounds = {(p.token_clip, p.plausibility) for p in (self.ppo, own)}
+        return own.kl_coef == "auto" and (control.against == "halfway" or len(bounds) > 1)
 
     def _changed(self, section: str, changes: dict[str, Any]) -> tuple[type[Section], Any]:
         settings = getattr(self, section)
@@ -293,12 +328,6 @@ class Recipe(Section):
             self.with_control(control).ppo.kl_coef == "auto"
             for control in [ControlConfig(ppo={}), *self.controls.values()]
         )
-
-    @property
-    def for_one_process(self) -> list[str]:
-        """Settings whose work is not divided among processes."""
-        undivided = [f"controls.{k}" for k, c in self.controls.items() if c.pairs]
-        return undivided + ["eval.benchmarks"] * bool(self.eval.benchmarks.tasks)
 
     @property
     def run_dir(self) -> Path:
@@ -334,14 +363,25 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
         ) from e
     except (YAMLError, OmegaConfBaseException, ValueError, TypeError) as e:
         raise ConfigError(
-            f"recipe {str(path)!r} is not readable YAML, or an override does not fit it: {e} "
-            "Mend that line; recipes/miniature.yaml shows the form."
+            f"recipe {str(path)!r} is not readable YAML, or an override does not fit it: "
+            f"{_in_one_line(e)}. Mend that line; recipes/miniature.yaml shows the form."
         ) from e
     if not isinstance(plain, dict):
         raise ConfigError(
             f"recipe {str(path)!r} holds no settings. Start from recipes/miniature.yaml."
         )
     return parse_recipe(plain)
+
+
+def _in_one_line(error: Exception) -> str:
+    """What YAML says, and whether it means a tab: that is not to be seen."""
+    text = ", ".join(line.strip() for line in str(error).splitlines()).rstrip(".")
+    mark = getattr(error, "problem_mark", None)
+    if mark is None or not Path(mark.name).is_file():  # an override
+        return text
+    content = Path(mark.name).read_text(encoding="utf-8")
+    is_tab = content[mark.index : mark.index + 1] == "\t"  # at its end there is nothing
+    return f"{text}: a tab, and YAML is indented with blanks" if is_tab else text
 
 
 def parse_recipe(tree: dict[Any, Any]) -> Recipe:

@@ -12,6 +12,10 @@ class CheckpointConfig(Section):
     every: Positive | None = None
     """Steps; null: after the first step, so that a disk that is too small is known early, and then
     as often as takes 1% of the time. A signal saves in any case."""
+    overlap: bool | None = None
+    """Training goes on while one is written, from a copy in the CPU's memory: 12 bytes per trained
+    weight. null: where the weights are on a GPU, for then they are copied anyway. A run of several
+    processes, a signal and the end of a stage wait until it is written."""
     keep_last: Positive = 2
     """So many of the stage; the one before the last is used should the last be damaged."""
     keep_best: str | None = None

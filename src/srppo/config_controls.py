@@ -49,7 +49,8 @@ class ControlConfig(Section):
     pairs: PairsConfig | None = None
     """pi_sft trained on demonstrations against its own responses."""
     extrapolate: PositiveFloat | None = None
-    """No training: base·(sft/base)^lambda per token at decoding time, with this lambda."""
+    """No training: base·(sft/base)^lambda per token at decoding time, with this lambda and the
+    bounds that ppo has on tokens."""
     extrapolate_weights: PositiveFloat | None = None
     """No training: the weights theta_sft + alpha (theta_sft - theta_base), with this alpha
     (arXiv:2404.16792)."""

@@ -45,8 +45,11 @@ class ModelConfig(Section):
     """Frozen models wait in CPU memory and visit the GPU while they score. Weights that the policy
     shares stay there."""
     shard: bool = False
-    """Stage 2 with several processes: each holds a share of every layer instead of all of it, of
-    the frozen models, the policy and its optimizer. false: each holds whole models."""
+    """Of several processes each holds a share of every layer instead of all of it: of the model
+    that is trained, its optimizer, and the frozen models. false: each holds whole models."""
+    shard_sampling: bool = False
+    """With shard: layers stay in pieces while responses are sampled, too, so that every token
+    gathers all of them. For models that no GPU holds whole; far slower."""
 
     @model_validator(mode="after")
     def _possible(self) -> ModelConfig:
@@ -54,6 +57,11 @@ class ModelConfig(Section):
             raise ValueError(
                 f"quantize={self.quantize} with shard=true: quantised weights cannot be cut into "
                 "pieces. Leave one of them out."
+            )
+        if self.shard_sampling and not self.shard:
+            raise ValueError(
+                "shard_sampling=true without shard: weights are not in pieces. Set "
+                "model.shard=true, or leave shard_sampling out."
             )
         if self.quantize and not self.lora:
             raise ValueError(

@@ -36,6 +36,10 @@ WATCH = 0.5
 LAST_WORDS = 5.0
 """Seconds for which the process that failed first is waited for: for its message, for its end."""
 
+ENDING = timedelta(minutes=10)
+"""How long the launcher waits for processes that were told to end: they finish their step and save,
+as checkpoint.grace says."""
+
 GOES_ON = (
     ": killed, perhaps for want of memory, or its machine is gone. The same command goes on from "
     "the last checkpoint, with any number of processes."
@@ -48,8 +52,8 @@ def rank() -> int:
 
 
 def size() -> int:
-    """How many processes there are."""
-    return dist.get_world_size() if dist.is_initialized() else 1
+    """How many processes there are to share work with."""
+    return dist.get_world_size() if dist.is_initialized() and not _by_itself else 1
 
 
 def is_joined() -> bool:
@@ -75,6 +79,14 @@ def add(tensors: Iterable[Tensor]) -> None:
             work.wait()
 
 
+def of_all(here: Tensor) -> Tensor:
+    """(processes, ...) what each has, one after the other."""
+    found = here.new_zeros(size(), *here.shape)
+    found[rank() if size() > 1 else 0] = here
+    add([found])
+    return found
+
+
 def any_of(here: bool) -> bool:
     """Whether it is so in any process."""
     if size() == 1:
@@ -85,12 +97,30 @@ def any_of(here: bool) -> bool:
 
 
 def from_first(make: Callable[[], T]) -> T:
-    """What `make` returns in the first process, in each of them; the others do not call it."""
+    """What `make` returns in the first process, in each of them; the others do not call it, so it
+    is a process by itself meanwhile."""
     if size() == 1:
         return make()
-    found: list[T | None] = [make() if is_first() else None]
+    found: list[T | None] = [None]
+    if is_first():
+        with _alone():
+            found = [make()]
     dist.broadcast_object_list(found, src=0, device=torch.device("cpu"))
     return found[0]  # type: ignore[return-value]
+
+
+_by_itself = False
+
+
+@contextmanager
+def _alone() -> Iterator[None]:
+    """Inside, work is not shared: the others are waiting."""
+    global _by_itself
+    _by_itself = True
+    try:
+        yield
+    finally:
+        _by_itself = False
 
 
 def shares(costs: Sequence[float]) -> list[list[int]]:
@@ -121,7 +151,8 @@ def joined() -> Iterator[None]:
         backend = "cpu:gloo,cuda:nccl"
     store, number, count = next(meet("env://", timeout=TIMEOUT))
     dist.init_process_group(backend, store=store, rank=number, world_size=count, timeout=TIMEOUT)
-    watch = _Watch(PrefixStore("srppo", store))
+    # A connection of its own: the other is taken while the main thread waits for a key.
+    watch = _Watch(PrefixStore("srppo", store.clone()))
     watch.start()
     speaking = sys.stdout
     try:
@@ -131,14 +162,14 @@ def joined() -> Iterator[None]:
         dist.barrier()
     except Exception as e:
         lost = not isinstance(e, SrppoError) and _is_lost_connection(e)
-        watch.fail(LAST_WORDS if lost else 0.0)
+        watch.fail(LAST_WORDS if lost else 0.0, getattr(e, "exit_code", 1))
         if lost:
             reason = str(e).splitlines()[0].split(". ")[0]
             raise ProcessError(f"another process is gone ({reason}){GOES_ON}") from e
         raise
     except BaseException as e:  # an interruption, an exit code
         if not isinstance(e, SystemExit) or e.code:
-            watch.fail(0.0)
+            watch.fail(0.0, 1)
         raise
     finally:
         sys.stdout = speaking
@@ -169,26 +200,27 @@ class _Watch(threading.Thread):
                 sys.stderr.flush()
                 os._exit(1)
             if failed:
-                self._echo()
+                self._echo(self.store.get("failed").decode())
 
-    def fail(self, patience: float) -> None:
-        """Tell the others that this process fails; if one did before, end here.
+    def fail(self, patience: float, code: int) -> None:
+        """Tell the others that this process fails, with which exit code; if one did before, end
+        here.
 
         `patience`: seconds to wait for that one's message.
         """
         self.done.wait(patience)  # the thread ends the process meanwhile, should one arrive
         self.done.set()
         try:
-            first = self.store.compare_set("failed", "", str(rank())).decode()
+            first = self.store.compare_set("failed", "", f"{rank()} {code}").decode()
         except RuntimeError:
             return  # nobody to tell
-        if first != str(rank()):
-            self._echo()
+        if first.split()[0] != str(rank()):
+            self._echo(first)
 
-    def _echo(self) -> None:
-        """End without a word, after the one that failed first: its exit code counts."""
+    def _echo(self, first: str) -> None:
+        """End without a word after the one that failed first, with its exit code."""
         time.sleep(LAST_WORDS)
-        os._exit(1)
+        os._exit(int(first.split()[1]))
 
 
 def launch(nproc: int, arguments: list[str], nodes: int = 1, rendezvous: str | None = None) -> int:
@@ -206,6 +238,7 @@ def launch(nproc: int, arguments: list[str], nodes: int = 1, rendezvous: str | N
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # ours say it
     options = ["--nproc-per-node", str(nproc), "--nnodes", str(nodes), "--max-restarts", "0"]
     options += ["--rdzv-backend", "c10d", "--rdzv-endpoint", rendezvous or "localhost:0"]
+    options += ["--shutdown-timeout", str(round(ENDING.total_seconds()))]
     parsed = run.get_args_parser().parse_args([*options, "-m", "srppo", *arguments])
     try:
         run.run(parsed)

@@ -5,6 +5,7 @@
     ├── DataError          data sets, rows, columns, prompts                         (ValueError)
     ├── ModelError         model directories, tokenizers, vocabularies               (ValueError)
     ├── TrainingError      training that cannot go on: bad numbers, no memory (ArithmeticError)
+    ├── EngineError        rollout engines: absent, slow, or giving what is no response  (OSError)
     ├── ProcessError       one of several processes is gone                        (RuntimeError)
     ├── RunDirError        run directories: occupied, not writable, disk full        (OSError)
     ├── PublishError       models that cannot be written out or pushed to the hub        (OSError)
@@ -35,6 +36,10 @@ class ModelError(SrppoError, ValueError):
 
 class TrainingError(SrppoError, ArithmeticError):
     """Training that would go on for nothing, or cannot."""
+
+
+class EngineError(SrppoError, OSError):
+    """A rollout engine that cannot be reached, or whose responses cannot be trained on."""
 
 
 class ProcessError(SrppoError, RuntimeError):

@@ -5,6 +5,7 @@ demonstrations -> sft -> audit -> ppo -> controls -> evaluate -> report
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -36,9 +37,10 @@ from srppo.report import build
 from srppo.report.card import write_cards
 from srppo.report.comparison import render
 from srppo.rollout.hf import HFSampler
-from srppo.train.audit import audit, describe_audit, with_found_beta
+from srppo.train.audit import audit, beta_at, describe_audit, with_found_beta
 from srppo.train.checkpoint import RunDir, move_aside
 from srppo.train.files import read_json
+from srppo.train.reward import bounds_of
 from srppo.train.update import Metrics
 from srppo.training import Training
 
@@ -72,12 +74,6 @@ class Run:
         """Of passes that train nothing: audit and evaluation."""
         if recipe.model.quantize:
             require_quantizer(recipe.model.quantize)
-        if distributed.size() > 1 and (alone := recipe.for_one_process):
-            raise ConfigError(
-                f"{' and '.join(alone)}: done by one process only, and there are "
-                f"{distributed.size()}. Leave that out here; `srppo eval`, or a run with "
-                "model.sft and --nproc 1, does it afterwards."
-            )
         self.tokenizer = start_tokenizer(recipe.model)
         apply_template(self.tokenizer)
         check_context(recipe.model, recipe.data)
@@ -113,7 +109,14 @@ class Run:
         """The reward audit; None without held-out demonstrations."""
         self._require_sft("audit")
         if not self.data.held_out:
-            self.reporter.line("audit: left out, for there are no held-out demonstrations")
+            why = "there are no demonstrations"
+            if self.recipe.data.demonstrations:
+                why = (
+                    "none of the demonstrations are held out: data.held_out is "
+                    f"{self.recipe.data.held_out}, and where all others are trained on a tenth is "
+                    "at most. Give 200 or more for it to mean something"
+                )
+            self.reporter.line(f"audit: left out, for {why}")
             return None
         with self._stage("audit") as todo:
             if todo:
@@ -137,6 +140,7 @@ class Run:
     def ppo(self) -> Path:
         """Stage 2, after the audit; the directory of the aligned model."""
         self._require_sft("ppo")
+        self._require_engine()
         self.audit()
         with self._stage("ppo") as todo:
             if todo:
@@ -149,10 +153,16 @@ class Run:
             if control.extrapolate is not None:
                 continue
             place = f"controls/{name}"
+            changed = self.recipe.with_control(control)
+            if control.ppo is not None and self._has_no_beta(changed.ppo):
+                self.reporter.line(
+                    f"{name}: left out, for the audit finds nothing to extrapolate: with "
+                    "ppo.kl_coef=auto the SFT model is what is kept"
+                )
+                continue
             with self._stage(place) as todo:
                 if not todo:
                     continue
-                changed = self.recipe.with_control(control)
                 if control.sft is not None:
                     self._training.sft(place, changed.sft)
                 elif control.ppo is not None:
@@ -187,7 +197,9 @@ class Run:
         with self._stage("benchmarks", models=list(models)) as todo:
             if todo:
                 self.benchmarks_wanted.after(models, out)
-                page = render(comparison_of(list(models), out), "html")
+                page = distributed.from_first(
+                    lambda: render(comparison_of(list(models), out), "html")
+                )
                 self.dir.write_text("evals/comparison.html", page)
         found = [self.dir.path.glob(f"evals/{name}*/results.json") for name in models]
         return [read_json(path) for paths in found for path in sorted(paths)]
@@ -199,6 +211,7 @@ class Run:
 
     def all(self) -> dict[str, Any]:
         """All stages; the results."""
+        self._require_engine()
         self.sft()
         self.ppo()
         self.controls()
@@ -227,6 +240,13 @@ class Run:
             config = with_found_beta(config, findings)
             self.reporter.line(f"{name}: ppo.kl_coef=auto is {config.beta:.3g}")
         self._training.ppo(name, base or self.base, self.pi_sft, config, curve)
+
+    def _has_no_beta(self, config: PPOConfig) -> bool:
+        """Whether `auto` would find none."""
+        findings = self.audit() if config.kl_coef == "auto" else None
+        if findings is None:
+            return False
+        return beta_at(findings["curve"]["lam_star"], config.kl_ref) is None
 
     def _halfway(self) -> Role:
         """Stage 1 on the first half of the demonstrations, frozen."""
@@ -271,7 +291,8 @@ class Run:
             return evaluator.sampler(self.base if name == "base" else self.pi_sft)
         control = self.recipe.controls.get(name)
         if control and control.extrapolate is not None:
-            return evaluator.sampler(self.pi_sft, self.base, control.extrapolate)
+            bounds = bounds_of(self.recipe.ppo)
+            return evaluator.sampler(self.pi_sft, self.base, control.extrapolate, bounds)
         path = self.dir.path / ("policy" if name == "policy" else f"controls/{name}")
         like = self.base if control and control.sft is not None else self.pi_sft
         return evaluator.sampler(like.sibling(path))
@@ -296,7 +317,8 @@ class Run:
         return curve
 
     def _benchmarks(self) -> RunBenchmarks:
-        self.dir.write_text("evals/template.jinja", str(self.tokenizer.chat_template))
+        template = str(self.tokenizer.chat_template)
+        distributed.from_first(lambda: self.dir.write_text("evals/template.jinja", template))
         return RunBenchmarks(self.recipe, self.dir.path / "evals/template.jinja", self.reporter)
 
     def _evaluator(self, prompts: list[Prompt], tokens: int) -> Evaluator:
@@ -345,6 +367,15 @@ class Run:
                 "with this recipe first, or set model.sft to a checkpoint that you have."
             )
 
+    def _require_engine(self) -> None:
+        """A vLLM server that is absent, or does not fit, is told before hours of other work."""
+        settings, data = self.recipe.rollout, self.recipe.data
+        if settings.engine == "vllm" and not self.dir.is_done("ppo"):
+            from srppo.rollout.vllm_server import VLLMServer  # late: few runs have one
+
+            longest = data.max_prompt_tokens + data.max_response_tokens
+            distributed.from_first(lambda: VLLMServer(settings).check(longest))
+
     # --- record and messages --------------------------------------------------------------------
 
     @contextmanager
@@ -353,10 +384,12 @@ class Run:
 
         `facts` are remembered with it; a stage that was done with others is to do again.
         """
+        self.dir.require()
         todo = not self.dir.is_done(name, **facts)
         started = time.monotonic()
         yield todo
         if todo:
+            gc.collect()  # trainers and models refer to themselves: their weights would stay
             self.dir.mark_done(name, time.monotonic() - started, **facts)
         if not self.recipe.checkpoint.keep_finished:
             self.dir.remove(f"checkpoints/{name}")

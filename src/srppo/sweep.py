@@ -1,12 +1,15 @@
-"""A grid of runs: one after the other, each in a process and a directory of its own."""
+"""A grid of runs, each in a process and a directory of its own."""
 
 from __future__ import annotations
 
 import itertools
+import os
 import re
 import subprocess
 import sys
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass, field
+from threading import Lock
 from typing import Any
 
 from rich import box
@@ -29,7 +32,19 @@ class Point:
     name: str
     """Its directory, made of the values that vary."""
     recipe: Recipe
-    overrides: list[str]
+    arguments: list[str]
+    """Of `srppo run`: a recipe's file and the overrides."""
+
+    @property
+    def command(self) -> list[str]:
+        """What runs it."""
+        return [sys.executable, "-m", "srppo", "run", *self.arguments]
+
+    @property
+    def state(self) -> str:
+        """In words."""
+        begun = (self.recipe.run_dir / "run.json").is_file()
+        return "finished, is kept" if self.finished else "goes on" if begun else "to do"
 
     @property
     def finished(self) -> bool:
@@ -69,7 +84,7 @@ def grid(source: str, settings: list[str]) -> list[Point]:
                 "out the value that is there twice."
             )
         overrides = [*fixed, *chosen, f"output_dir={root / name}"]
-        points[name] = Point(name, load_recipe(source, overrides), overrides)
+        points[name] = Point(name, load_recipe(source, overrides), [source, *overrides])
     return list(points.values())
 
 
@@ -79,57 +94,108 @@ def show_grid(points: list[Point], console: Console) -> None:
     table.add_column("run", overflow="fold")
     table.add_column("state")
     for point in points:
-        begun = (point.recipe.run_dir / "run.json").is_file()
-        state = "finished, is kept" if point.finished else "goes on" if begun else "to do"
-        table.add_row(point.name, state)
+        table.add_row(point.name, point.state)
     console.print(table)
     console.print(f"{len(points)} runs in {points[0].recipe.run_dir.parent}")
 
 
-def sweep(source: str, points: list[Point], console: Console) -> bool:
+def sweep(points: list[Point], console: Console) -> bool:
     """Run what is not finished, then one table of all; whether every run came to its end.
 
     A run that fails does not keep the others from being run.
     """
-    failed: dict[str, str] = {}
-    for i, point in enumerate(points, 1):
-        kept = point.finished
-        print(
-            f"[{i}/{len(points)}] {point.name}{': finished, is kept' if kept else ''}",
-            file=sys.stderr,
-            flush=True,
-        )
-        if not kept and (reason := _run(source, point)):
-            failed[point.name] = reason
+    failed = run_points(points)
     done = [point for point in points if point.name not in failed]
     _show_results(done, console)
     for point in done:
         console.print(f"{point.name}: {point.recipe.run_dir / 'report.html'}")
+    show_failed(failed, console)
+    return not failed
+
+
+def run_points(points: list[Point], jobs: int = 1, **environment: str) -> dict[str, str]:
+    """Run what is not finished, `jobs` at a time; name and reason of those that failed.
+
+    `environment` is set in each run's process.
+    """
+    todo = {point.name: point.command for point in points if not point.finished}
+    for name in (point.name for point in points if point.name not in todo):
+        _say(f"{name}: finished, is kept")
+    return run_commands(todo, jobs, **environment)
+
+
+def run_commands(commands: dict[str, list[str]], jobs: int, **environment: str) -> dict[str, str]:
+    """Name -> command, `jobs` at a time, each in a process of its own, so that whatever happens to
+    it stays there; name and reason of those that failed."""
+    return _Processes(jobs, environment).run(commands)
+
+
+def show_failed(failed: dict[str, str], console: Console) -> None:
+    """Which, why and what to do."""
     for name, reason in failed.items():
         console.print(f"FAILED {name}: {reason}", style="bold", markup=False)
     if failed:
         console.print("The same command again goes on with those that failed.")
-    return not failed
 
 
-def _run(source: str, point: Point) -> str | None:
-    """The run in a process of its own, so that whatever happens to it stays there. Its messages are
-    passed on; the last one is returned if it fails."""
-    command = [sys.executable, "-m", "srppo", "run", source, *point.overrides]
-    last = ""
-    with subprocess.Popen(
-        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, errors="replace"
-    ) as process:
-        assert process.stderr
-        try:
+@dataclass
+class _Processes:
+    """Several at a time."""
+
+    jobs: int
+    environment: dict[str, str]
+    going: set[subprocess.Popen[str]] = field(default_factory=set)
+    lock: Lock = field(default_factory=Lock)
+    interrupted: bool = False
+
+    def run(self, commands: dict[str, list[str]]) -> dict[str, str]:
+        """Name and reason of those that failed. A signal goes on to all that are running: they
+        save, and end before this process does."""
+        with ThreadPoolExecutor(self.jobs) as pool:
+            names = {
+                pool.submit(self._one, name, command, f"{i}/{len(commands)}"): name
+                for i, (name, command) in enumerate(commands.items(), 1)
+            }
+            try:
+                reasons = {names[done]: done.result() for done in as_completed(names)}
+            except signals.Interrupted as e:
+                signals.caught()
+                with self.lock:
+                    self.interrupted = True
+                    for process in self.going:
+                        process.send_signal(e.number)
+                raise
+        return {name: reason for name in commands if (reason := reasons[name])}
+
+    def _one(self, name: str, command: list[str], place: str) -> str | None:
+        """Its messages are passed on; the last one is the reason if it fails."""
+        with self.lock:
+            if self.interrupted:
+                return "not begun"
+            _say(f"[{place}] {name}")
+            process = subprocess.Popen(
+                command,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                text=True,
+                errors="replace",
+                env=os.environ | self.environment,
+            )
+            self.going.add(process)
+        last = ""
+        with process:
+            assert process.stderr
             for line in process.stderr:
-                sys.stderr.write(line)
+                sys.stderr.write(line if self.jobs == 1 else f"{name}: {line}")
                 last = line.strip() or last
-        except signals.Interrupted as e:  # the run saves, and ends before this process does
-            process.send_signal(e.number)
-            raise
-    code = process.returncode
-    return None if code == 0 else f"exit code {code}, {last or 'nothing said'}"
+        with self.lock:
+            self.going.remove(process)
+        code = process.returncode
+        return None if code == 0 else f"exit code {code}, {last or 'nothing said'}"
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
 
 
 def _show_results(points: list[Point], console: Console) -> None:

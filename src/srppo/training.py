@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import gc
 import math
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass
+from pathlib import Path
 
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
@@ -21,6 +22,7 @@ from srppo.models.start import start_sft
 from srppo.models.value_head import ValueHead
 from srppo.progress import Reporter
 from srppo.rollout.hf import HFSampler
+from srppo.rollout.sampler import Sampler
 from srppo.train.checkpoint import RunDir
 from srppo.train.metrics import MetricsLog
 from srppo.train.ppo import train_ppo
@@ -49,7 +51,7 @@ class Training:
             raise ConfigError(
                 "data.demonstrations is not set: stage 1 has nothing to train on. Set it."
             )
-        role = start_sft(self.recipe.model, self.recipe.seed)
+        role = start_sft(self.recipe.model, self.recipe.seed, config.compute)
         keeper = self._keeper(name)
         with MetricsLog(self.dir.path, name, keeper.metrics) as log, role.active() as model:
             train_sft(
@@ -64,7 +66,6 @@ class Training:
                 title=name.upper() if name == "sft" else name,
             )
         self.dir.save_model(name, role, self.tokenizer)
-        gc.collect()  # the trainer refers to itself: its weights would stay through stage 2
 
     def ppo(
         self,
@@ -78,10 +79,11 @@ class Training:
         stage = "ppo" if name == "policy" else name
         roles = Roles.begin(base, sft, config.estimator == "ppo", config.compute)
         budget = Budget(config.max_tokens_per_batch, self.reporter.line)
-        sampler = self._sampler(roles.policy, config, budget, roles.critic)
+        sampler = self._engine(roles, config, budget)
         keeper = self._keeper(stage)
         keeper.save_best = lambda: self.dir.save_model(f"best/{name}", roles.policy, self.tokenizer)
         with (
+            closing(sampler),
             MetricsLog(self.dir.path, stage, keeper.metrics) as log,
             roles.policy.active() as model,
             activation_checkpointing(model, config.gradient_checkpointing),
@@ -98,6 +100,7 @@ class Training:
                 evaluate_every=self.recipe.eval.every,
                 keeper=keeper,
                 budget=budget,
+                importance_cap=self.recipe.rollout.importance_cap,
                 title="PPO" if name == "policy" else name,
             )
         if stopped:
@@ -111,7 +114,8 @@ class Training:
         if control.pairs:
             config = self.recipe.ppo
             budget = Budget(config.max_tokens_per_batch, self.reporter.line)
-            with MetricsLog(self.dir.path, name) as log:
+            keeper = self._keeper(name)
+            with MetricsLog(self.dir.path, name, keeper.metrics) as log:
                 train_pairs(
                     policy,
                     self._sampler(policy, config, budget, None),
@@ -120,6 +124,7 @@ class Training:
                     seed=self.recipe.seed,
                     log=log,
                     reporter=self.reporter,
+                    keeper=keeper,
                     title=name,
                 )
         elif control.extrapolate_weights:
@@ -128,6 +133,29 @@ class Training:
 
     def _keeper(self, stage: str) -> Keeper:
         return Keeper(self.dir.path, stage, self.recipe.checkpoint, self.reporter)
+
+    def _engine(self, roles: Roles, config: PPOConfig, budget: Budget) -> Sampler:
+        """What samples the rollouts."""
+        settings, data = self.recipe.rollout, self.recipe.data
+        eos, longest = self.tokenizer.eos_token_id, data.max_response_tokens
+        if settings.engine == "continuous":
+            from srppo.rollout.continuous import ContinuousSampler  # late, as the next one
+
+            return ContinuousSampler(
+                roles.policy, eos_token_id=eos, max_new_tokens=longest, compute=config.compute
+            )
+        if settings.engine == "vllm":
+            from srppo.rollout.vllm import VLLMSampler
+
+            return VLLMSampler(
+                roles.policy,
+                settings,
+                Path(settings.weight_directory or self.dir.path.resolve()) / "rollout-weights",
+                eos_token_id=eos,
+                max_new_tokens=longest,
+                longest=data.max_prompt_tokens + longest,
+            )
+        return self._sampler(roles.policy, config, budget, roles.critic)
 
     def _sampler(
         self, policy: Role, config: PPOConfig, budget: Budget, critic: ValueHead | None

@@ -60,7 +60,11 @@ def _explain(kind: type[Section], error: Any, prefix: tuple[str, ...]) -> str:
     if error["type"] in ("model_type", "dict_type"):
         return f"{key}={error['input']!r}: a group of settings, not a value. Set {key}.something."
     said = error["msg"][:1].lower() + error["msg"][1:]
-    return f"{key}={error['input']!r}: {said}. Change it in the recipe."
+    said += " or 'auto'" * (error["loc"][-1] == "number")
+    return (
+        f"{key}={error['input']!r}: {said}, so that nothing can be run with it. Change it in the "
+        "recipe, or on the command line."
+    )
 
 
 def _known_keys(kind: type[Section], path: tuple[Any, ...]) -> list[str]:

@@ -21,6 +21,7 @@ from srppo.algo.all_action import (
 )
 from srppo.algo.loss import clipped_policy_loss
 from srppo.algo.optimum import enumerate_responses, objective
+from srppo.algo.reward import UNBOUNDED, Bounds
 from srppo.errors import ConfigError, ShapeError
 
 V, EOS, T, PROMPTS, BETA = 3, 0, 3, 2, 0.3
@@ -72,10 +73,15 @@ def token_table(net):
     return logprobs.gather(3, IDS.expand(PROMPTS, S, T)[..., None]).squeeze(3)
 
 
-def exact_objective(net, ref="sft", token_clip=None, penalty=0.0):
+def exact_objective(net, ref="sft", bounds=UNBOUNDED, penalty=0.0):
     """J(net), mean over the prompts, as a sum over all responses."""
     policy, sft, base = (token_table(m) for m in (net, SFT, BASE))
-    ratios = sft - base if token_clip is None else (sft - base).clamp(-token_clip, token_clip)
+    ratios = sft - base
+    if bounds.plausibility:
+        floor = math.log(bounds.plausibility) + SFT(STATES).log_softmax(-1).amax(-1)
+        ratios = torch.where(sft < floor, sft - floor, ratios)
+    if bounds.clip:
+        ratios = ratios.clamp(-bounds.clip, bounds.clip)
     kl = policy - (sft if ref == "sft" else base)
     gains = torch.where(MASK, ratios - BETA * kl, 0.0).sum(2) - penalty * CUT_OFF
     return (torch.where(MASK, policy, 0.0).sum(2).exp() * gains).sum(1).mean()
@@ -94,7 +100,7 @@ BATCHES = {
 
 
 def expected_loss(
-    net, old, baseline, share=0.0, ref="sft", token_clip=None, penalty=0.0, gamma=1.0, keep="both"
+    net, old, baseline, share=0.0, ref="sft", bounds=UNBOUNDED, penalty=0.0, gamma=1.0, keep="both"
 ):
     """The loss expected over all batches that `old` can sample; its gradient is the estimator's.
 
@@ -102,7 +108,7 @@ def expected_loss(
     """
     with torch.no_grad():
         sft, base = (m(STATES).flatten(0, 2) for m in (SFT, BASE))
-        soft = soft_rewards(sft, base, BETA, ref, token_clip)
+        soft = soft_rewards(sft, base, BETA, ref, bounds)
         gains = expected_gain(old(STATES).flatten(0, 2), soft, BETA).view(PROMPTS, S, T)
         old_logprobs = token_table(old)
         ids = IDS.expand(PROMPTS, S, T)
@@ -157,7 +163,10 @@ def test_the_exact_objective_is_the_one_of_optimum():
         torch.testing.assert_close(exact_objective(POLICIES["far"], ref), J)
 
 
-@pytest.mark.parametrize("options", [{"token_clip": 0.5}, {"penalty": 2.0}])
+@pytest.mark.parametrize(
+    "options",
+    [{"bounds": Bounds(clip=0.5)}, {"bounds": Bounds(plausibility=0.7)}, {"penalty": 2.0}],
+)
 @pytest.mark.parametrize("baseline", ["batch", "prompt"])
 def test_it_stays_unbiased_with_the_options_of_the_reward(options, baseline):
     policy = POLICIES["near"]
@@ -233,7 +242,7 @@ def random_logits(*shape, seed=0):
 def test_gains_by_a_loop_over_the_vocabulary():
     policy, sft, base = random_logits(3, 4, 7)
     for ref, clip in itertools.product(("sft", "base"), (None, 0.8)):
-        soft = soft_rewards(sft, base, BETA, ref, clip)
+        soft = soft_rewards(sft, base, BETA, ref, Bounds(clip))
         found = expected_gain(policy, soft, BETA)
         for n in range(4):
             p, s, b = ((x[n].exp() / x[n].exp().sum()).tolist() for x in (policy, sft, base))

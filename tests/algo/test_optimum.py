@@ -12,7 +12,7 @@ from srppo.algo.optimum import (
     objective,
     optimum,
 )
-from srppo.algo.reward import token_log_ratios, token_rewards
+from srppo.algo.reward import Bounds, token_log_ratios, token_rewards
 from srppo.errors import ConfigError, ShapeError
 
 V, EOS, T = 3, 1, 4
@@ -176,6 +176,27 @@ def test_extrapolated_nll_is_that_of_the_extrapolated_distribution(elements, mon
         p = weight / weight.sum(-1, keepdim=True)
         torch.testing.assert_close(row, -p.gather(-1, ids[..., None]).squeeze(-1).log())
     torch.testing.assert_close(nll[1], -token_logprobs(sft[:, :-1], ids))
+
+
+@pytest.mark.parametrize("kl_coef", [0.2, 0.5, 2.0])
+def test_bounded_extrapolation_is_the_optimum_of_the_bounded_reward(kl_coef):
+    """By a loop over a vocabulary of nine: pi* ∝ sft exp(rho / beta)."""
+    base, sft = 2 * random(2, 9)
+    s, b = sft.softmax(-1).tolist(), base.softmax(-1).tolist()
+    clip, alpha = 1.2, 0.2
+    weights = []
+    for p, q in zip(s, b, strict=True):
+        rho = math.log(p / q) if p >= alpha * max(s) else math.log(p / (alpha * max(s)))
+        weights.append(p * math.exp(min(max(rho, -clip), clip) / kl_coef))
+    best = torch.tensor(weights, dtype=torch.float64) / sum(weights)
+    assert 0 < sum(p < alpha * max(s) for p in s) < 9
+    bounds, lam = Bounds(clip, alpha), 1 + 1 / kl_coef
+    torch.testing.assert_close(extrapolate(base, sft, lam, bounds).exp(), best)
+    torch.testing.assert_close(extrapolate(base, sft, 1.0, bounds), sft.log_softmax(-1))
+    nll = extrapolated_nll(
+        base.expand(9, 9), sft.expand(9, 9), torch.arange(9), torch.tensor([1.0, lam]), bounds
+    )
+    torch.testing.assert_close(nll, -torch.stack([sft.log_softmax(-1), best.log()]))
 
 
 def test_extrapolated_nll_is_convex_in_lambda_with_the_known_slope_at_sft():

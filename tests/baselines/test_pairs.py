@@ -12,16 +12,21 @@ from datasets import Dataset
 from trl import DPOConfig, DPOTrainer
 
 import tiny
+from runs import timeless
+from sittings import at_call
 from srppo.algo.imitation import pair_losses
 from srppo.baselines.pairs import make_pairs, train_pairs
+from srppo.config_checkpoint import CheckpointConfig
 from srppo.config_controls import PairsConfig
 from srppo.data.chat import Example
+from srppo.errors import RunDirError
 from srppo.models.batching import Sequences
 from srppo.models.roles import Role
 from srppo.progress import Reporter
 from srppo.rollout.hf import HFSampler
 from srppo.rollout.sampler import Rollout
 from srppo.train.metrics import MetricsLog
+from srppo.train.steps import Keeper
 
 WORDS = " ".join(f"w{i}" for i in range(2, tiny.VOCAB))
 """Every id of the tiny models but EOS and unknown is a word."""
@@ -186,3 +191,63 @@ def test_microbatches_change_nothing_and_a_seed_decides_everything(tmp_path):
     assert torch.equal(found[0], found[1])
     torch.testing.assert_close(found[0], found[2], atol=1e-4, rtol=0)
     assert not torch.equal(found[0], found[3])
+
+
+# --- cut off --------------------------------------------------------------------------------------
+
+IN_FOUR = {"rounds": 2, "epochs": 2, "batch_size": 4, "learning_rate": 1e-2}
+"""Four steps a round."""
+
+
+def sitting(run, model, seed=1, examples=EXAMPLES, **settings):
+    """Trains on from the last checkpoint, one after each step."""
+    run.mkdir(exist_ok=True)
+    keeper = Keeper(run, "pairs", CheckpointConfig(every=1), Reporter(quiet=True))
+    policy = Role(model.requires_grad_(True))
+    with MetricsLog(run, "pairs", keeper.metrics) as log:
+        train_pairs(
+            policy, sampler(policy), examples, PairsConfig(**{**IN_FOUR, **settings}), seed=seed,
+            log=log, reporter=Reporter(quiet=True), keeper=keeper,
+        )  # fmt: skip
+    return weights(model), timeless(run / "metrics/pairs.jsonl")
+
+
+class Killed(BaseException):
+    pass
+
+
+def kill():
+    raise Killed
+
+
+@pytest.mark.parametrize("step", range(1, 9))
+def test_cut_off_in_any_step_it_goes_on_to_the_same_end(tmp_path, monkeypatch, step):
+    expected = sitting(tmp_path / "whole", tiny.model())
+    with monkeypatch.context() as patch:
+        at_call(patch, "srppo.train.steps.Steps.begin_update", step, kill)
+        with pytest.raises(Killed):
+            sitting(tmp_path / "cut", tiny.model())
+    sampled = []
+    monkeypatch.setattr("srppo.baselines.pairs.make_pairs", counted(sampled))
+    found = sitting(tmp_path / "cut", tiny.model())
+    assert torch.equal(found[0], expected[0])
+    assert found[1] == expected[1]
+    # Responses of a round that had begun are those it began with.
+    assert len(sampled) == (2 if step == 1 else 1 if step <= 5 else 0)
+
+
+def counted(calls):
+    def called(*args):
+        calls.append(args)
+        return make_pairs(*args)
+
+    return called
+
+
+def test_what_was_trained_on_other_pairs_is_refused(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        at_call(patch, "srppo.train.steps.Steps.begin_update", 3, kill)
+        with pytest.raises(Killed):
+            sitting(tmp_path / "cut", tiny.model())
+    with pytest.raises(RunDirError, match=r"6 pairs, there are 5.*--fresh"):
+        sitting(tmp_path / "cut", tiny.model(), examples=EXAMPLES[:5])

@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerFast
 from loading import opened
 from srppo.config import Recipe, parse_recipe
 from srppo.data.demonstrations import read_demonstrations
+from srppo.data.describe import describe_overlap
 from srppo.data.load import Data, fingerprint, read_data
 
 Write = Callable[[list[Any]], str]
@@ -96,6 +97,17 @@ def test_prompts_of_another_set_and_contamination(
             "prompts": {"exact": 1, "ngram": 3},
         },
     }
+    said = describe_overlap(overlap)
+    assert "evaluation: of 4 prompts, 1 are among the demonstrations exactly, 2 by" in said
+    assert "evaluation: of 4 prompts, 1 are among the prompts of stage 2 exactly, 3 by" in said
+
+
+def test_nothing_is_said_of_an_evaluation_that_there_is_not(
+    read: Callable[..., Data], write: Write
+):
+    data = read({"demonstrations": write(ROWS), "held_out": 0})
+    assert data.reports["overlap"]["contamination"]["of"] == 0
+    assert "evaluation" not in describe_overlap(data.reports["overlap"])
 
 
 TALKS = [

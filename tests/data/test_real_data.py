@@ -132,7 +132,7 @@ def test_prompts_alone_and_unknown_columns(shared: Path, stories: PreTrainedToke
     found, report = prompts(ifeval, stories, **LIMITS)
     assert report.schemas == {SETS["ifeval"][1].strip("`"): 2}
     assert all(row["prompt"] in "".join(p.text for p in found) for row in rows_of(Path(ifeval)))
-    with pytest.raises(DataError, match="no assistant turn"):
+    with pytest.raises(DataError, match="no response column beside prompt"):
         demonstrations(ifeval, stories, **LIMITS, max_response_tokens=9)
     with pytest.raises(DataError, match="Columns found: Correct Answer"):
         prompts(gpqa, stories, **LIMITS)

@@ -254,6 +254,29 @@ def test_models_that_were_not_asked_the_same_are_refused(out, values, message):
     assert {r["task"] for r in compare(named(out), tasks=["gpqa"])["rows"]} == {"gpqa"}
 
 
+@pytest.mark.parametrize("given", ["auto", "own.jinja", "hub"])
+def test_the_template_to_ask_both_through_is_named(out, tmp_path, given):
+    """The first model's, in its directory, in the file that was given, or where no file is."""
+    change(out / "sft", "gsm8k", template="plain", template_sha256=None)
+    own, path = tmp_path / "own.jinja", tmp_path / "model"
+    path.mkdir()
+    (path / "chat_template.jinja").write_text("{{ messages }}")
+    own.write_text("{{ messages }}")
+    results = json.loads((out / "base/results.json").read_text())
+    results["model"]["path"] = "owner/name" if given == "hub" else str(path)
+    results["config"] = {"chat_template": str(own) if given == "own.jinja" else "auto"}
+    (out / "base/results.json").write_text(json.dumps(results))
+    file = {
+        "auto": f"{path}/chat_template.jinja, which is base's",
+        "own.jinja": f"{own}, which is base's",
+        "hub": "a file with base's, of the tokenizer of owner/name",
+    }[given]
+    cure = f"plain and chat; use the same --chat-template for both, {file}; and another --out."
+    with pytest.raises(ConfigError) as error:
+        compare(named(out))
+    assert cure in str(error.value)
+
+
 def test_all_reasons_are_given_at_once(out):
     change(out / "sft", "gsm8k", version=5, template="plain")
     change(out / "srppo", "ifeval", version=3)

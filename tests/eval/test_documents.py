@@ -29,11 +29,11 @@ def commands(page: str) -> list[str]:
 
 
 @pytest.fixture
-def place(tmp_path, model_dir, monkeypatch) -> Path:
-    """Where the reader is: a finished run, files of responses, a key."""
+def place(tmp_path, chat_dir, monkeypatch) -> Path:
+    """Where the reader is: a finished run with a template, files of responses, a key."""
     (tmp_path / "runs/mine").mkdir(parents=True)
     (tmp_path / "runs/mine/run.json").write_text("{}")
-    (tmp_path / "runs/mine/policy").symlink_to(model_dir)
+    (tmp_path / "runs/mine/policy").symlink_to(chat_dir)
     said = [{"prompt": row["prompt"], "response": "heron, heron."} for row in IFEVAL]
     write_jsonl(tmp_path / "mine.jsonl", said)
     answers = [{"prompt": question, "response": "#### 18"} for question, _ in GSM8K]
@@ -64,6 +64,8 @@ def test_the_commands_of_evaluation(place, with_punkt, model_dir):
         run(line, {"MODEL": str(model_dir)})
     assert (place / "evals" / "base" / "results.json").is_file()
     assert (place / "evals" / "sft" / "results.json").is_file()
+    for out, code in (("evals", 2), ("alike", 0)):  # the base has no template
+        assert srppo_command("compare", f"base={out}/base", f"srppo={out}/srppo").code == code
 
 
 def test_the_script_of_evaluation(place, with_punkt, model_dir, capsys):

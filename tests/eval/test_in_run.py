@@ -7,7 +7,7 @@ import json
 import pytest
 
 from questions import GPQA, write_jsonl
-from runs import json_lines, srppo_command, write_recipe
+from runs import json_lines, python, srppo_command, write_recipe
 
 
 @pytest.fixture
@@ -73,6 +73,49 @@ def test_asking_while_the_policy_trains_leaves_its_weights_byte_identical(
     for line in json_lines(tmp_path / "asked/run/metrics/ppo.jsonl"):
         assert {"bench/gsm8k/flexible", "bench/gpqa/accuracy"} <= line.keys()
         assert 0 <= line["bench/gpqa/accuracy"] <= 1
+
+
+@pytest.mark.slow
+def test_two_processes_answer_as_one_does(sections, data_dir, model_dir, tmp_path):
+    """With the weights in pieces; verdicts of a judge among the answers."""
+    wanted = asked(data_dir, "gsm8k", "gpqa", "alpaca_eval", every_limit=2, judge=str(model_dir))
+    settings = {"eval": wanted | {"every": 1}, "ppo": {"learning_rate": 1e-6, "steps": 1}}
+    found = {}
+    for name, processes, shard in (("one", 1, False), ("two", 2, True)):
+        model = {**sections["model"], "shard": shard}
+        recipe = write_recipe(tmp_path / name, **sections | {"model": model}, **settings)
+        done = python("-m", "srppo", "run", str(recipe), "--nproc", str(processes))
+        assert done.code == 0, done.err
+        run = tmp_path / name / "run"
+        found[name] = {
+            path.relative_to(run).as_posix(): json_lines(path)
+            for path in sorted(run.glob("evals/*/*/*.jsonl"))
+        }
+        (found[name]["curve"],) = (
+            {k: v for k, v in line.items() if k.startswith("bench/")}
+            for line in json_lines(run / "metrics/ppo.jsonl")
+        )
+        assert (run / "evals/comparison.html").is_file()
+    assert {"evals/policy/responses/gsm8k.jsonl", "evals/sft/alpaca_eval/judgements.jsonl"} <= (
+        found["one"].keys()
+    )
+    assert found["two"].keys() == found["one"].keys()
+    for file, content in found["one"].items():
+        assert told(found["two"][file]) == told(content, nearly), file
+
+
+def nearly(number):
+    """To the rounding of sums."""
+    return pytest.approx(number, abs=1e-4)
+
+
+def told(content, number=float):
+    """Without what depends on the run directory's name."""
+    if isinstance(content, dict):
+        return {k: told(v, number) for k, v in content.items() if k not in ("path", "sha256")}
+    if isinstance(content, list):
+        return [told(v, number) for v in content]
+    return number(content) if isinstance(content, float) else content
 
 
 def test_what_is_missing_is_said_before_anything_is_trained(

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from scipy import stats
 from statsmodels.stats.contingency_tables import mcnemar
 from statsmodels.stats.multitest import multipletests
-from statsmodels.stats.proportion import proportion_confint
+from statsmodels.stats.proportion import confint_proportions_2indep, proportion_confint
 from statsmodels.stats.weightstats import DescrStatsW
 
 from srppo.eval import statistics
@@ -230,3 +230,16 @@ def test_holm_is_that_of_statsmodels(p):
 
 def test_holm_of_none_is_none():
     assert statistics.holm([]) == []
+
+
+@pytest.mark.parametrize("n", [8, 12, 20, 100])
+def test_no_difference_of_two_shares_has_a_wider_interval(n):
+    """statsmodels' Wald interval of k questions of n against j of n others, every k and j."""
+    ends = [
+        confint_proportions_2indep(k, n, j, n, method="wald", compare="diff")
+        for k in range(1, n)
+        for j in range(k, n)
+    ]
+    widest = max(high - low for low, high in ends) / 2
+    assert statistics.widest_difference(n) == pytest.approx(widest)
+    assert statistics.widest_difference(1) == 1

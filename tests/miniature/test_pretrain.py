@@ -123,6 +123,7 @@ def test_check(changes, same_environment, passes, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.full
 def test_the_packaged_base_is_reproduced(recorded):
     trained = pretrain.pretrain(recorded["seed"], recorded["steps"])
     assert pretrain.weights_sha256(trained.model.state_dict()) == recorded["sha256"]

@@ -11,6 +11,7 @@ import tiny
 from srppo.errors import ModelError
 from srppo.miniature import BASE
 from srppo.models.load import (
+    cannot_load,
     check_same_tokens,
     context_length,
     fingerprint,
@@ -163,6 +164,36 @@ def test_local_names_are_not_looked_up_on_the_hub(name):
         assert str(error.value).count("Give ") == 1
 
 
+@pytest.mark.parametrize("name", ["runs/nope", "runs/no pe"])
+def test_a_name_in_a_directory_that_is_here_is_not_looked_up_on_the_hub(
+    name, tmp_path, monkeypatch
+):
+    """Offline or not: `srppo chat runs/nope` is a slip of the pen."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("socket.socket", None)
+    (tmp_path / "runs").mkdir()
+    for load in (load_model, load_tokenizer, context_length):
+        with pytest.raises(ModelError, match="does not exist, and 'runs' is a directory") as error:
+            load(name)
+        assert f"hf download {name}" in str(error.value)
+
+
+def test_a_model_of_the_hub_that_is_on_this_machine_goes_before_a_directory_like_its_owner(
+    tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "owner").mkdir()
+    cached = tmp_path / "cache" / "models--owner--name"
+    (cached / "snapshots/1").mkdir(parents=True)
+    (cached / "refs").mkdir()
+    (cached / "refs/main").write_text("1")
+    with pytest.raises(ModelError, match="does not exist"):
+        resolve("owner/name")
+    (cached / "snapshots/1/config.json").write_text("{}")
+    assert resolve("owner/name") == "owner/name"
+
+
 def test_hub_names_that_cannot_be_reached(offline):
     for load in (load_model, load_tokenizer, context_length):
         with pytest.raises(ModelError, match=r"no-such-owner/model.*hub name"):
@@ -202,6 +233,21 @@ def test_a_tokenizer_that_is_missing_or_broken(damage, directory):
     damage(directory / "tokenizer.json")
     with pytest.raises(ModelError, match=r"tokenizer of .* cannot be loaded"):
         load_tokenizer(str(directory))
+
+
+def test_a_model_directory_without_tokenizer_is_said_to_have_none(directory):
+    for file in directory.glob("tokenizer*"):
+        file.unlink()
+    with pytest.raises(ModelError, match=r"holds no tokenizer: .* Copy tokenizer\.json and "):
+        load_tokenizer(str(directory))
+
+
+def test_what_a_library_says_is_quoted_to_the_end_of_its_sentence():
+    said = "It needs one of: \n(1) a file, \n(2) a class. \nInstall it."
+    assert ": It needs one of: (1) a file, (2) a class. Install it. Give" in cannot_load(
+        "tokenizer", "x", ValueError(said)
+    )
+    assert ": No. Give" in cannot_load("model", "x", ValueError("No\nmore"))
 
 
 def test_equal_tokenizers_pass():

@@ -3,7 +3,7 @@
 import torch
 
 import tiny
-from srppo.models.roles import Roles
+from srppo.models.roles import Roles, ShardedRole
 
 
 def test_the_policy_starts_as_sft_and_shares_no_memory_with_it():
@@ -33,3 +33,16 @@ def test_without_a_critic_there_is_none():
 def test_tied_embeddings_stay_tied_in_the_copy():
     policy = Roles.begin(tiny.model("gpt2"), tiny.model("gpt2"), critic=False).policy
     assert policy.model.lm_head.weight is policy.model.transformer.wte.weight
+
+
+def test_the_policy_of_an_offloaded_model_in_pieces_is_where_the_role_computes(monkeypatch):
+    """Its pieces wait in CPU memory, and there the policy must not stay."""
+    places = []
+
+    def in_float32(model, device, compute):
+        places.append(device)
+        return model
+
+    monkeypatch.setattr("srppo.models.roles.in_float32", in_float32)
+    ShardedRole(tiny.model(), torch.device("meta")).successor()
+    assert places == [torch.device("meta")]

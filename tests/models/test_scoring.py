@@ -16,6 +16,7 @@ from srppo.models.scoring import (
     hidden_states,
     output_logits,
     score,
+    score_with_margins,
     score_with_values,
 )
 from srppo.models.value_head import ValueHead
@@ -142,6 +143,21 @@ def test_values_come_from_the_same_pass_and_ignore_padding_and_the_predicted_tok
     changed, same = score_with_values(model, critic, replace(y, response_ids=other), 40)
     torch.testing.assert_close(same, units, atol=1e-4, rtol=0)
     assert not torch.allclose(changed, logprobs)
+
+
+@pytest.mark.parametrize("budget", [40, ONE_BATCH])
+def test_margins_are_the_distance_to_the_likeliest_token(budget):
+    model, y = tiny.model(), tiny.sequences()
+    logprobs, margins = score_with_margins(model, y, budget)
+    torch.testing.assert_close(logprobs, score(model, y, budget), atol=1e-5, rtol=0)
+    for i, (prompt, length) in enumerate(zip(y.prompt_ids, y.lengths.tolist(), strict=True)):
+        ids = torch.cat([torch.tensor(prompt), y.response_ids[i, :length]])
+        with torch.no_grad():
+            table = model(input_ids=ids[None]).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+        expected = logprobs[i, :length] - table.amax(-1)
+        torch.testing.assert_close(margins[i, :length], expected, atol=1e-4, rtol=0)
+    assert (margins[~y.mask] == 0).all()
+    assert (margins[y.mask] < 0).any()
 
 
 def test_bfloat16_models_are_scored_with_more_digits_than_they_have():

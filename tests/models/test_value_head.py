@@ -46,6 +46,13 @@ def test_calibration_on_equal_returns_keeps_the_scale_above_zero(critic):
     assert float(critic.scale) > 0
 
 
+def test_calibration_waits_for_returns_that_are_numbers(critic):
+    critic.calibrate(torch.tensor([1.0, -math.inf]), torch.tensor([True, True]))
+    assert not critic.calibrated
+    critic.calibrate(torch.tensor([3.0, 7.0]), torch.tensor([True, True]))
+    assert float(critic.shift) == 5.0
+
+
 def test_no_gradient_reaches_the_policy(critic):
     critic.calibrate(torch.tensor([3.0, 7.0]), torch.tensor([True, True]))
     hidden = HIDDEN.clone().requires_grad_()

@@ -24,11 +24,12 @@ LAYERS = 6_979_321_856
 """Weights in the matrices of its layers: 32 (2 4096^2 + 2 4096 1024 + 3 4096 14336)."""
 
 
-def plan(model=None, **sections):
+def plan(model=None, processes=1, **sections):
     model = {"base": LLAMA, **(model or {})}
     tree = {"name": "a", "output_dir": "b", "data": {"demonstrations": "c"}, "model": model}
     recipe = parse_recipe({**tree, **sections})
-    return {p.name: p for p in phases(recipe, Blueprint.find(model["base"]))}
+    found = phases(recipe, Blueprint.find(model["base"]), processes=processes)
+    return {p.name: p for p in found}
 
 
 def test_weights_gradients_and_averages_of_full_fine_tuning():
@@ -89,6 +90,54 @@ def test_the_cache_of_a_rollout():
 def test_checkpointing_keeps_a_fraction():
     less = plan(ppo={"gradient_checkpointing": True})["update: passes"].activations
     assert less < 0.25 * plan()["update: passes"].activations
+
+
+# --- of several processes -------------------------------------------------------------------------
+
+OUTSIDE = 2 * 128256 * 4096 + 4096
+"""Embeddings, output head, last norm."""
+LAYER = (W - OUTSIDE) // 32
+
+
+def test_each_of_eight_holds_an_eighth():
+    bf16 = {"compute": "bfloat16"}
+    found = plan({"dtype": "bfloat16", "shard": True}, 8, ppo=bf16, sft=bf16)
+    update = found["update: passes"]
+    assert (update.frozen, update.trained) == (4 * W / 8, 4 * W / 8)
+    assert (update.gradients, update.optimizer) == (4 * W / 8, 8 * W / 8)
+    assert found["stage 1: optimizer"].optimizer == 12 * W / 8
+    assert found["rollout"].gathered == 4 * OUTSIDE + 2 * (W - OUTSIDE)
+    assert update.gathered == 8 * OUTSIDE + (3 * 2 + 4) * LAYER
+    assert found["update: optimizer"].gathered == 0
+
+
+def test_pieces_stay_pieces_while_responses_are_sampled():
+    model = {"dtype": "bfloat16", "shard": True, "shard_sampling": True}
+    found = plan(model, 8, ppo={"compute": "bfloat16"})["rollout"]
+    assert found.gathered == 4 * OUTSIDE + 2 * 2 * LAYER
+
+
+def test_offloaded_pieces_come_a_layer_at_a_time():
+    found = plan({"dtype": "bfloat16", "shard": True, "offload": True}, 8)
+    assert found["scoring"].frozen == 0
+    assert found["scoring"].gathered > 0
+
+
+def test_adapters_are_not_cut():
+    model = {"dtype": "bfloat16", "lora": {"rank": 16}, "shard": True}
+    found, alone = plan(model, 8)["update: passes"], plan(model)["update: passes"]
+    assert found.trained == alone.trained
+    assert found.frozen == 2 * W / 8 + found.trained
+    assert found.gathered == 2 * (OUTSIDE + 2 * LAYER)
+
+
+def test_whole_models_are_as_large_beside_others_but_for_the_trainers_copy_of_gradients():
+    found, alone = plan(processes=2), plan()
+    for name in alone:
+        assert found[name].gathered == 0
+        assert found[name].frozen == alone[name].frozen
+        copies = 2 if name.startswith("stage 1") else 1
+        assert found[name].gradients == copies * alone[name].gradients
 
 
 # --- measured ------------------------------------------------------------------------------------

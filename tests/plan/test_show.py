@@ -42,6 +42,17 @@ def test_full_fine_tuning_of_8_b_does_not_fit_and_the_plan_says_why_and_what_wou
                 *("sft.micro_batch_size=1", "ppo.max_tokens_per_batch=2048"),
             ],
         ),
+        ("llama-3-8b", ["--gpu", "H100", "--nproc", "8"]),
+        ("llama-3-8b", ["--gpu", "H100", "--nproc", "4"]),
+        ("llama-3-70b", ["--gpu", "H100", "--nproc", "8", "--nodes", "8"]),
+        (
+            "llama-3-70b",
+            [
+                *("--gpu", "H100", "model.shard=false", "model.shard_sampling=false"),
+                *("model.lora.rank=16", "model.quantize=4bit"),
+                *("sft.micro_batch_size=2", "ppo.max_tokens_per_batch=4096"),
+            ],
+        ),
         ("small-gpu", ["--gpu", "4090"]),
         ("small-gpu", ["--gpu", "L40S", "model.base=Qwen/Qwen2.5-1.5B"]),
         ("small-gpu", ["--gpu", "4090", "model.base=Qwen/Qwen2.5-1.5B", "model.lora.rank=16"]),
@@ -62,6 +73,32 @@ def test_a_local_config_is_enough_and_nothing_is_written(tmp_path):
     out = dry_run(path, "--gpu", "A100")
     assert "1.07 G weights by its config.json" in out
     assert set(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "last"),
+    [
+        (
+            ["data.max_prompt_tokens=1000", "data.max_response_tokens=1000"],
+            "= 2000, and the model has 512 positions. Try 256 for each.",
+        ),
+        (
+            ["sft.batch_size=6", "sft.micro_batch_size=2", "--nproc", "4"],
+            "sft.batch_size=6 cannot be divided among 4 processes. Try sft.batch_size=8.",
+        ),
+    ],
+)
+def test_what_keeps_a_run_from_starting_stands_first_and_last(arguments, last, tmp_path):
+    LlamaConfig(num_hidden_layers=1, max_position_embeddings=512).save_pretrained(
+        tmp_path / "model"
+    )
+    path = write_recipe(tmp_path, model={"base": str(tmp_path / "model")})
+    done = srppo_command("run", path, *arguments, "--dry-run", "--gpu", "A100")
+    out = " ".join(done.out.split())
+    assert done.code == 2
+    assert out.count("It would not start: ") == 2
+    assert out.index("It would not start: ") < out.index("It fits:")
+    assert out.endswith(last)
 
 
 def test_what_cannot_be_known_is_said(tmp_path):
@@ -93,3 +130,8 @@ def test_bad_questions(arguments, words, tmp_path):
     done = srppo_command("run", write_recipe(tmp_path), *arguments)
     assert done.code == 2
     assert [word for word in words if word not in done.err] == []
+
+
+def test_another_rollout_engines_costs_are_said_to_be_unknown(tmp_path):
+    rollout = {"engine": "vllm", "url": "http://127.0.0.1:9"}
+    assert "by rollout.engine=vllm" in dry_run(write_recipe(tmp_path, rollout=rollout))

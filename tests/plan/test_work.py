@@ -8,8 +8,9 @@ from runs import SMALL
 from srppo.config import parse_recipe
 from srppo.errors import ConfigError
 from srppo.plan.architecture import Blueprint
+from srppo.plan.device import find_device, parse_bytes
 from srppo.plan.known import GPUS
-from srppo.plan.work import CALL, SHARE, Clock, find_device, parse_bytes, work
+from srppo.plan.work import CALL, SHARE, Clock, work
 
 
 def recipe(data, **sections):
@@ -85,12 +86,12 @@ def test_times_by_hand():
     ("text", "size"), [("80GB", 80e9), ("24 GiB", 24 * 2**30), ("1.5T", 1.5e12), ("500mb", 5e8)]
 )
 def test_sizes_are_read(text, size):
-    assert parse_bytes(text) == size
+    assert parse_bytes(text, "--memory") == size
 
 
 def test_what_is_no_size_and_no_gpu_is_refused():
     with pytest.raises(ConfigError, match=r"--memory 'much' is not a size.*80GB"):
-        parse_bytes("much")
+        parse_bytes("much", "--memory")
     with pytest.raises(ConfigError, match=r"--gpu B9000 is not in srppo's table.*H100"):
         find_device(recipe({"demonstrations": "gsm8k"}), "B9000", None)
     found = find_device(recipe({"demonstrations": "gsm8k"}), "H100", "40GB")

@@ -221,7 +221,7 @@ def test_completions_without_their_end_are_refused(problem, tmp_path, monkeypatc
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kl_coef", [0.5, 0.2])
+@pytest.mark.parametrize("kl_coef", [0.5, pytest.param(0.2, marks=pytest.mark.full)])
 def test_trl_reaches_the_enumerated_optimum(kl_coef, problem, tmp_path, capsys):
     """As `test_learns.py` asks of our own RLOO: 100 steps of 512 rollouts, four passes each."""
     base, sft = problem

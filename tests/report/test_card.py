@@ -131,15 +131,21 @@ def test_a_control_s_card_shows_its_own_rows_and_no_other_control_s(run_dir):
 def test_warnings_early_ends_and_quantised_weights_are_limits(run_dir):
     files = changed(read(run_dir), model={"quantize": "4bit"})
     files.run["stopped"] = {"policy": "KL 60 > max_kl"}
+    files.run["changes"] = [{"at": "2026-01-12", "changed": ["seed was 0 and is now 1"]}]
     files = dataclasses.replace(files, audit={**files.audit, "warnings": ["length <b> dominates"]})
     page = html(card(files, "policy", adapter=False))
     assert "<strong>Warning:</strong> length &lt;b&gt; dominates" in page
     limits = page.split("<h2>Limits</h2>")[1]
-    for words in ("stopped early: KL 60 &gt; max_kl", "The audit warned", "in 4bit during"):
+    for words in (
+        "stopped early: KL 60 &gt; max_kl",
+        "The audit warned",
+        "in 4bit during",
+        "from 2026-01-12 on it was trained with changes. seed was 0 and is now 1",
+    ):
         assert words in limits
     other = html(card(read(run_dir), "policy", adapter=False))
     assert "It gave no warning." in other or "Warning:" in other
-    for words in ("stopped early", "4bit"):
+    for words in ("stopped early", "4bit", "with changes"):
         assert words not in other
 
 

@@ -16,6 +16,7 @@ from srppo.report.numbers import duration, fixed, plain, wilson
 from srppo.report.samples import visible
 
 VOID = {"meta", "link", "br", "img", "input", "hr"}
+DOCS = Path(__file__).parents[2] / "docs"
 FILES = ["run.json", "data.json", "audit.json", "results.json", "samples.jsonl"]
 FILES += ["metrics/sft.jsonl", "metrics/ppo.jsonl"]
 EMPTY = "No run.json and|No results.json|No metrics|No audit.json|No samples.jsonl"
@@ -82,6 +83,15 @@ def test_the_page_says_what_the_files_say(report):
     assert "In 86 of 100 random pairs, an sft sample has a higher reward" in page.text
     assert "β = 1/(λ* − 1) = 0.33" in page.text
     assert not re.search(EMPTY, page.text)
+
+
+def test_the_documentation_has_the_pages_order(report):
+    """docs/report.md goes through the page from the top; the headline has no heading."""
+    sections = re.findall(r"<section id=.*?<h2>(.*?)</h2>", report.read_text(), re.DOTALL)
+    documented = re.findall(r"^\*\*(.+?)\.\*\*", (DOCS / "report.md").read_text(), re.MULTILINE)
+    assert ["Headline", *sections] == [
+        "Audit of the reward" if name == "Audit" else name for name in documented
+    ]
 
 
 def test_every_figure_is_there(report):
@@ -349,3 +359,14 @@ def test_a_page_that_cannot_be_written_is_an_error_of_ours(run_dir):
     with pytest.raises(RunDirError, match="cannot be written"):
         build(run_dir)
     assert not list(run_dir.glob("*.partial"))
+
+
+def test_what_changed_on_the_way_is_said_on_top_and_in_full(run_dir, report):
+    assert "Changed on the way" not in Page(report).text
+    changed = ["ppo.learning_rate was 0.001 and is now 1e-05", "data holds <b>something else</b>"]
+    edit(run_dir, "run.json", changes=[{"at": "2026-01-12T10:00:00+00:00", "changed": changed}])
+    keep(run_dir, "run.json")
+    text = Page(build(run_dir)).text
+    assert text.count("Changed on the way") == 2
+    for words in ("2026-01-12T10:00:00+00:00", *changed):
+        assert words in text

@@ -190,3 +190,12 @@ def test_a_run_counted_twice_or_of_another_recipe_is_refused(runs):
     (runs[2] / "run.json").write_text(json.dumps({"recipe": recipe}))
     with pytest.raises(ConfigError, match="differ in 'ppo'"):
         summarise(runs)
+
+
+def test_a_run_that_was_changed_on_its_way_is_named(runs):
+    assert "changed on the way" not in summarise(runs)
+    changed = ["seed was 0 and is now 1", "torch was 2.9 and is now 2.10"]
+    record = {"changes": [{"at": "2026-01-12", "changed": changed}]}
+    (runs[2] / "run.json").write_text(json.dumps(record))
+    line = summarise(runs).splitlines()[-1]
+    assert line == f"- {runs[2]}: changed on the way, 2026-01-12: {'; '.join(changed)}"

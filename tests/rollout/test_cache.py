@@ -4,6 +4,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
 
 import tiny
 from srppo.rollout.cache import GROWTH, GrowingLayer, growing_cache, without
@@ -36,12 +37,21 @@ def test_it_holds_what_transformers_own_cache_holds():
 def test_a_new_token_copies_no_old_one():
     layer = GrowingLayer()
     layer.update(*states(3, 4))
-    before = layer.room.data_ptr()
+    before = layer.rooms[0].data_ptr()
     for _ in range(GROWTH):
         keys, _ = layer.update(*states(3, 1))
         assert keys.data_ptr() == before
     layer.update(*states(3, 1))
-    assert layer.room.data_ptr() != before
+    assert layer.rooms[0].data_ptr() != before
+
+
+def test_keys_and_values_may_differ_in_width():
+    """As in DeepSeek's latent attention."""
+    ours, theirs = GrowingLayer(), DynamicLayer()
+    for new in (3, 1, GROWTH):
+        keys, values = torch.randn(2, 2, new, 6), torch.randn(2, 2, new, 4)
+        found, expected = ours.update(keys, values), theirs.update(keys, values)
+        assert all(torch.equal(a, e) for a, e in zip(found, expected, strict=True))
 
 
 def test_sliding_windows_keep_transformers_own_layers():

@@ -71,6 +71,13 @@ def test_the_sampled_logprobs_stand_for_a_scoring_pass_only_where_they_equal_it(
     assert (off[rollout.sequences.mask].max() < 1e-5) == exact
 
 
+def test_8_bit_products_are_not_exact():
+    """They round each row together with its own largest input."""
+    model = tiny.model()
+    model.is_loaded_in_8bit = True
+    assert not sampler_of(model).sample(PROMPTS, seed=1).exact
+
+
 @pytest.mark.parametrize("budget", [1, 30, 100])
 def test_the_cut_into_batches_changes_nothing(model, budget):
     whole = sampler_of(model).sample(PROMPTS, seed=1)

@@ -113,8 +113,11 @@ def metric(at: str, name: str) -> float:
     return float(re.search(rf"^{name} (\S+)$", text, re.MULTILINE)[1])
 
 
-@pytest.mark.parametrize("seconds", [3, pytest.param(60, marks=pytest.mark.slow)])
-def test_load(server, seconds, capsys):
+@pytest.mark.parametrize("seconds", [3, pytest.param(15, marks=pytest.mark.slow)])
+def test_load(server, seconds, capsys, request):
+    """With `--full` the longer one takes a minute."""
+    if seconds > 3 and request.config.getoption("--full"):
+        seconds = 60
     at, pid = server
     load(at, 0.5)
     before, counted = resident(pid), metric(at, "srppo_sequences_total")

@@ -7,6 +7,7 @@ import torch
 
 import tiny
 from srppo.algo.all_action import expected_gain, soft_rewards
+from srppo.algo.reward import Bounds
 from srppo.config import PPOConfig
 from srppo.models.batching import make_batch
 from srppo.models.roles import Roles
@@ -88,14 +89,17 @@ def test_frozen_distributions_are_those_of_the_batchs_tokens(roles, rollout, mon
 
 
 def test_scores_and_gains_are_those_of_plain_forwards(roles, rollout):
-    y, config = rollout.sequences, config_of(kl_ref="base", token_clip=2.0)
+    y, config = rollout.sequences, config_of(kl_ref="base", token_clip=2.0, plausibility=0.3)
     frozen = frozen_states(roles, y, 40)
-    policy, sft, base, gains = score_all_actions(roles, y, frozen, config)
+    policy, sft, base, margins, gains = score_all_actions(roles, y, frozen, config)
     for role, found in ((roles.policy, policy), (roles.sft, sft), (roles.base, base)):
         torch.testing.assert_close(found, score(role, y, ONE_BATCH), atol=1e-5, rtol=0)
     for i in range(len(y)):
         logits = [plain_logits(role, y, i) for role in (roles.policy, roles.sft, roles.base)]
-        expected = expected_gain(logits[0], soft_rewards(*logits[1:], 0.3, "base", 2.0), 0.3)
+        soft = soft_rewards(*logits[1:], 0.3, "base", Bounds(2.0, 0.3))
+        expected = expected_gain(logits[0], soft, 0.3)
+        below = logits[1].log_softmax(-1).amax(-1) + margins[i][y.mask[i]]
+        torch.testing.assert_close(below, sft[i][y.mask[i]], atol=1e-4, rtol=0)
         torch.testing.assert_close(gains[i][y.mask[i]], expected, atol=1e-4, rtol=0)
     assert (gains[~y.mask] == 0).all()
 

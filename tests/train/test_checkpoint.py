@@ -127,6 +127,20 @@ def test_a_fresh_start_keeps_the_old_run_under_another_name(run, tmp_path):
     assert move_aside(recipe) == tmp_path / "run.old-2"
 
 
+def test_a_run_directory_removed_between_look_and_write_is_not_made_anew(run, monkeypatch):
+    real = os.mkdir
+
+    def removed_first(path, *args, **kwargs):
+        monkeypatch.setattr(os, "mkdir", real)
+        shutil.rmtree(run.path)
+        real(path, *args, **kwargs)
+
+    monkeypatch.setattr(os, "mkdir", removed_first)
+    with pytest.raises(RunDirError, match="cannot write"):
+        run.write_text("evals/template.jinja", "")
+    assert not run.path.exists()
+
+
 def test_a_run_directory_that_was_removed_is_not_made_anew(run):
     """Half a run would look like one."""
     shutil.rmtree(run.path)

@@ -19,7 +19,7 @@ from srppo.models.batching import Sequences
 from srppo.models.roles import Roles
 from srppo.progress import Reporter
 from srppo.rollout.hf import HFSampler
-from srppo.rollout.sampler import Rollout
+from srppo.rollout.sampler import Rollout, Sampler
 from srppo.train import ppo
 from srppo.train.health import ailment, not_finite
 from srppo.train.metrics import MetricsLog
@@ -37,7 +37,8 @@ def rollout_of(n, ended):
 
 def found(n=16, ended=None, numbers=None, **metrics):
     rollout = rollout_of(n, ended or [True] * n)
-    return ailment(numbers or {}, rollout, {**FINE, **metrics})
+    ill = ailment(numbers or {}, rollout, {**FINE, **metrics})
+    return ill and ill.reason
 
 
 # --- what is noticed ------------------------------------------------------------------------------
@@ -71,6 +72,20 @@ def test_rollouts_that_say_nothing(ill, words):
     assert words in found(**ill)
 
 
+@pytest.mark.parametrize(
+    ("ill", "cure"),
+    [
+        ({"ended": [False] * 16}, "sft.epochs"),
+        ({"ended": [False] * 16}, "ppo.missing_eos_penalty"),
+        ({"entropy": 1e-6}, "Raise ppo.kl_coef"),
+        ({"reward_std": 0.0}, "train SFT for longer"),
+    ],
+)
+def test_what_helps_is_what_helps_against_that(ill, cure):
+    told = {"ended": [True] * 16, **ill}
+    assert cure in ailment({}, rollout_of(16, told.pop("ended")), {**FINE, **told}).cure
+
+
 def test_of_few_responses_that_may_be_chance():
     assert found(n=8, ended=[False] * 8, reward_std=0.0, entropy=0.0) is None
 
@@ -78,8 +93,9 @@ def test_of_few_responses_that_may_be_chance():
 def test_gradients():
     assert not_finite({"grad_norm": 3.0, "value_grad_norm": 0.0}) is None
     assert not_finite({"reward": math.nan}) is None  # of no gradient
-    assert "grad_norm is nan" in not_finite({"grad_norm": math.nan})
-    assert "value_grad_norm is inf" in not_finite({"value_grad_norm": math.inf})
+    assert "grad_norm is nan" in not_finite({"grad_norm": math.nan}).reason
+    assert "value_grad_norm is inf" in not_finite({"value_grad_norm": math.inf}).reason
+    assert "policy_loss is nan" in not_finite({"policy_loss": math.nan, "grad_norm": 1.0}).reason
 
 
 # --- what becomes of them -------------------------------------------------------------------------
@@ -95,7 +111,7 @@ def weights_of(model):
     return torch.cat([p.detach().flatten() for p in model.parameters()]).clone()
 
 
-class Spoiled:
+class Spoiled(Sampler):
     """A sampler that changes the rollouts of some steps; notes the policy's weights before each."""
 
     def __init__(self, policy, spoil, steps):
@@ -128,7 +144,7 @@ def alike(rollout):
     y = rollout.sequences
     n = len(y)
     same = Sequences.of([[1]] * n, [[2, 3, EOS]] * n)
-    return Rollout(same, rollout.logprobs[:1, :1].expand(n, 3) - 1, rollout.ended)
+    return Rollout(same, rollout.logprobs[:1, :1].expand(n, 3) - 1, rollout.ended, exact=True)
 
 
 @pytest.fixture
@@ -251,6 +267,16 @@ def test_or_its_minibatch_is_left_out(train, tmp_path, second_gradient_is_nan):
     assert [line["grad_norm"] is None for line in lines] == [True, False, False, False]
     assert all(weights.isfinite().all() for weights in sampler.weights)
     assert (tmp_path / "bad/ppo/step-000001.json").is_file()
+
+
+@pytest.mark.parametrize("estimator", ["rloo", "all_action"])
+def test_a_step_that_destroys_the_policy_stops_the_stage(train, tmp_path, estimator):
+    """After the first minibatch its numbers are none; it rests then, and has no gradient."""
+    pairs = {"estimator": estimator, "responses_per_prompt": 2}
+    _, lines, error = train(cut_off, steps=[], learning_rate=1e30, **pairs)
+    assert "step 1: policy_loss is nan in a minibatch" in error
+    assert lines == []
+    assert not (tmp_path / "checkpoints").exists()
 
 
 def test_stage_1_stops_before_a_bad_gradient_moves_a_weight(tmp_path):

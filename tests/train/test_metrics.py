@@ -2,6 +2,8 @@
 
 import json
 import math
+import shutil
+import threading
 from pathlib import Path
 
 import pytest
@@ -68,3 +70,36 @@ def test_a_place_that_is_taken_is_named(tmp_path, taken):
     (tmp_path / taken).write_text("a file where a directory has to be")
     with pytest.raises(RunDirError, match="metrics"):
         MetricsLog(tmp_path, "ppo")
+
+
+def test_tensorboard_shows_steps_that_are_done_again_once(tmp_path):
+    """Two sittings; the second goes on after step 2, though step 3 had been logged."""
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    with MetricsLog(tmp_path, "ppo") as log:
+        for step in (1, 2, 3):
+            log.log(step, {"reward": float(step)})
+    begun = "".join((tmp_path / "metrics/ppo.jsonl").read_text().splitlines(True)[:2])
+    with MetricsLog(tmp_path, "ppo", begun) as log:
+        log.log(3, {"reward": 30.0})
+    board = EventAccumulator(str(tmp_path / "tensorboard" / "ppo")).Reload()
+    assert [(e.step, e.value) for e in board.Scalars("reward")] == [(1, 1), (2, 2), (3, 30)]
+
+
+def test_in_a_removed_directory_nothing_is_said_behind_our_back_and_nothing_made_anew(
+    tmp_path, capfd
+):
+    """Who writes a file next says what happened; threads that write could only print it."""
+    pytest.importorskip("tensorboard")
+    run, threads = tmp_path / "run", threading.active_count()
+    run.mkdir()
+    with MetricsLog(run, "ppo") as log:
+        shutil.rmtree(run)
+        for step in (1, 2):
+            log.log(step, {"reward": 0.5})
+        assert threading.active_count() == threads
+    assert not run.exists()
+    assert capfd.readouterr() == ("", "")
+    with pytest.raises(RunDirError, match="the run directory was removed"):
+        MetricsLog(run, "sft")

@@ -16,7 +16,7 @@ from srppo.models.roles import Roles
 from srppo.models.value_head import ValueHead
 from srppo.progress import Reporter
 from srppo.rollout.hf import HFSampler
-from srppo.rollout.sampler import Rollout
+from srppo.rollout.sampler import Rollout, Sampler
 from srppo.train.metrics import MetricsLog
 from srppo.train.ppo import (
     Scores,
@@ -30,7 +30,7 @@ from srppo.train.ppo import (
     values_under,
 )
 
-NAN = math.nan
+NAN, LN2 = math.nan, math.log(2)
 
 # --- two responses by hand: the first ended, the second was cut off; padding holds NaN ------------
 
@@ -48,6 +48,7 @@ SCORES = Scores(
     sft=torch.tensor([[-1.0, -2.0, NAN], [-0.5, -1.0, -3.0]]),
     base=torch.tensor([[-2.0, -1.5, NAN], [-1.0, -4.0, -1.0]]),
     value_units=None,
+    margins=torch.tensor([[0.0, -0.5, NAN], [-0.1, -LN2 - 2.0, -LN2 - 0.5]]),
 )
 # log sft/base      1.0  -0.5           0.5   3.0  -2.0     sums 0.5, 1.5
 # log policy/sft   -0.5  -0.5          -0.5   0.5   2.0     sums -1, 2
@@ -64,6 +65,10 @@ REWARDS = {
     "tokens held within 1 nat": (
         {"token_clip": 1.0, "credit": "token"},
         [[1.25, -0.25, 0], [0.75, 0.75, -2.0]],
+    ),
+    "implausible tokens": (
+        {"plausibility": 0.5, "credit": "token"},
+        [[1.25, -0.25, 0], [0.75, -2.25, -1.5]],
     ),
     "penalty where there is no EOS": (
         {"missing_eos_penalty": 2.0},
@@ -109,6 +114,9 @@ def test_the_objective_uses_the_reference_reward_and_clip_of_the_recipe(rollout)
     clipped = objective(token_clip=1.0)
     assert clipped["objective"] == pytest.approx((0.5 + 0.5 + 0.5 - 1.0) / 2)
     assert clipped["saturated_fraction"] == pytest.approx(2 / 5)
+    plausible = objective(plausibility=0.5)
+    assert plausible["objective"] == pytest.approx((0.5 + 0.5 - 2.0 - 1.0) / 2)
+    assert plausible["implausible_fraction"] == pytest.approx(2 / 5)
 
 
 def test_the_rewards_of_a_response_sum_to_its_share_of_the_objective(rollout):
@@ -209,7 +217,7 @@ def pair():
     return base, fine_tuned(base, seed=0)
 
 
-class Recording:
+class Recording(Sampler):
     """A sampler that remembers what it was asked for, and the policy's weights at that time."""
 
     def __init__(self, policy):
@@ -369,7 +377,7 @@ def test_a_policy_that_broke_stops_the_run(pair, tmp_path):
     fixed = replace(Recording(roles.sft).sample(PROMPTS, seed=0), exact=False)
     roles.policy.model.lm_head.weight.data[:] = torch.nan
 
-    class Fixed:
+    class Fixed(Sampler):
         def sample(self, prompts, seed, temperature=1.0):
             return fixed
 

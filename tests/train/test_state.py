@@ -3,6 +3,7 @@
 import errno
 import os
 import random
+import threading
 
 import pytest
 import torch
@@ -141,6 +142,102 @@ def test_what_a_crash_left_behind_is_no_checkpoint(checkpoints, log):
     checkpoints().save(2, TREE, log)
     assert checkpoints().newest.step == 2
     assert not aside.exists()
+
+
+# --- while training goes on -----------------------------------------------------------------------
+
+
+@pytest.fixture
+def slow_disk(monkeypatch):
+    """Writing waits until this is set."""
+    go_on, real = threading.Event(), os.replace
+
+    def replace(*args):
+        assert go_on.wait(60)
+        real(*args)
+
+    monkeypatch.setattr("os.replace", replace)
+    yield go_on
+    go_on.set()
+
+
+def files_of(checkpoint):
+    return {p.name: p.read_bytes() for p in checkpoint.path.iterdir()}
+
+
+def test_what_is_written_meanwhile_is_what_was_there_then(checkpoints, log, slow_disk, tmp_path):
+    weight = torch.zeros(3)
+    kept = checkpoints()
+    kept.save(1, {"weight": weight}, log, overlap=True)
+    assert kept.is_writing
+    assert checkpoints().newest is None
+    weight += 1
+    log.write_text("of a later step")
+    slow_disk.set()
+    kept.wait()
+    assert not kept.is_writing
+    found = files_of(checkpoints().newest)
+    assert kept.written == 1
+
+    log.write_text('{"step": 1}\n')
+    other = Checkpoints(tmp_path, "other", 2, print)
+    other.save(1, {"weight": torch.zeros(3)}, log)
+    assert found == files_of(Checkpoints(tmp_path, "other", 2, print).newest)
+
+
+def test_one_at_a_time(checkpoints, log, slow_disk):
+    kept = checkpoints()
+    kept.save(1, TREE, log, overlap=True)
+    threading.Timer(0.05, slow_disk.set).start()
+    kept.save(2, TREE, log, overlap=True)
+    assert kept.written >= 1
+    kept.save(3, TREE, log)
+    assert (kept.written, kept.is_writing) == (3, False)
+    assert sorted(p.name for p in kept.folder.iterdir()) == ["step-000002", "step-000003"]
+
+
+def look_until_it_is_done(kept, log):
+    while kept.is_writing:
+        pass
+
+
+@pytest.mark.parametrize(
+    "notice",
+    [
+        look_until_it_is_done,
+        lambda kept, log: kept.wait(),
+        lambda kept, log: kept.save(3, TREE, log),
+    ],
+)
+def test_what_the_file_system_refuses_meanwhile_is_told_at_the_next_occasion(
+    checkpoints, log, monkeypatch, notice
+):
+    kept = checkpoints()
+    kept.save(1, TREE, log)
+    refused = threading.Event()
+
+    def refuse(*args):
+        refused.set()
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("os.replace", refuse)
+        kept.save(2, TREE, log, overlap=True)
+        assert refused.wait(60)
+    with pytest.raises(RunDirError, match=r"step-000002.*No space left"):
+        notice(kept, log)
+    assert kept.written == 1
+    assert [p.name for p in kept.folder.iterdir()] == ["step-000001"]
+    kept.save(3, TREE, log)
+    assert checkpoints().newest.step == 3
+
+
+def test_without_a_gpu_nobody_asked_for_a_copy(checkpoints, log):
+    before = threading.active_count()
+    kept = checkpoints()
+    kept.save(1, TREE, log, overlap=None)
+    assert kept.written == 1
+    assert threading.active_count() == before
 
 
 # --- optimizers -----------------------------------------------------------------------------------

@@ -162,7 +162,8 @@ def test_a_ratio_outside_the_clip_that_would_gain_more_has_no_gradient(roles, ex
 def test_the_first_minibatch_tells_how_far_the_sampler_is_from_the_trainer(roles, experience):
     """Later ones would measure how far the policy has moved."""
     y, config = experience.rollout.sequences, config_of(learning_rate=1e-2)
-    off = replace(experience, rollout=rollout_of(y, experience.logprobs + 0.25))
+    rollout = replace(rollout_of(y, experience.logprobs + 0.25), exact=True)
+    off = replace(experience, rollout=rollout)
     stats = update(roles, off, Optimizers(roles, config), config, generator(0))
     assert stats["sampler_logprob_diff"] == pytest.approx(0.25, abs=1e-5)
 

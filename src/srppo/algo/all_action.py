@@ -29,6 +29,7 @@ from torch import Tensor
 from srppo.algo.logprobs import working_dtype
 from srppo.algo.loss import clipped_policy_loss
 from srppo.algo.masking import require_right_padded, require_same_shape
+from srppo.algo.reward import UNBOUNDED, Bounds
 from srppo.errors import ConfigError, ShapeError
 
 
@@ -37,7 +38,7 @@ def soft_rewards(
     base_logits: Tensor,
     kl_coef: float,
     ref: Literal["sft", "base"],
-    token_clip: float | None = None,
+    bounds: Bounds = UNBOUNDED,
 ) -> Tensor:
     """u(s, a) = log pi_sft - log pi_base + kl_coef log pi_ref, of every token of the vocabulary.
 
@@ -48,7 +49,7 @@ def soft_rewards(
         base_logits: (n, V), finite, of the same prefixes.
         kl_coef: beta.
         ref: which of the two the KL term refers to.
-        token_clip: nats; bounds log pi_sft - log pi_base as `token_log_ratios` does.
+        bounds: of log pi_sft - log pi_base, as `token_log_ratios` has them.
 
     Returns:
         (n, V) nats, float32 (float64 for float64), without a gradient.
@@ -63,9 +64,7 @@ def soft_rewards(
     with torch.no_grad():
         sft = torch.log_softmax(sft_logits, dim=-1, dtype=working_dtype(sft_logits))
         base = torch.log_softmax(base_logits, dim=-1, dtype=working_dtype(base_logits))
-        log_ratios = sft - base
-        if token_clip is not None:
-            log_ratios.clamp_(-token_clip, token_clip)
+        log_ratios = bounds.apply(sft - base, sft - sft.amax(-1, keepdim=True))
         return log_ratios.add_(sft if ref == "sft" else base, alpha=kl_coef)
 
 

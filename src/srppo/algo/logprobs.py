@@ -96,6 +96,21 @@ def token_logprobs(logits: Tensor, ids: Tensor) -> Tensor:
     return result
 
 
+def token_margins(logits: Tensor, ids: Tensor) -> Tensor:
+    """How far each token is from the likeliest: log pi(id) - max log pi. No gradient.
+
+    Args:
+        logits: (..., V) of any float type.
+        ids: (...) int64 in [0, V).
+
+    Returns:
+        (...) nats, at most 0, float32 (float64 for float64).
+    """
+    with torch.no_grad():
+        chosen, largest = logits.gather(-1, ids[..., None]).squeeze(-1), logits.amax(-1)
+        return chosen.to(working_dtype(logits)) - largest
+
+
 def token_entropy(logits: Tensor) -> Tensor:
     """Entropy of each next-token distribution. A measurement: no gradient flows through it.
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from srppo.algo.logprobs import token_chunks, working_dtype
 from srppo.algo.masking import require_same_shape
+from srppo.algo.reward import UNBOUNDED, Bounds
 from srppo.errors import ConfigError, ShapeError
 
 
@@ -88,13 +89,18 @@ def objective(
     return (policy.exp() * gain).sum()
 
 
-def extrapolate(base_logits: Tensor, sft_logits: Tensor, lam: float) -> Tensor:
+def extrapolate(
+    base_logits: Tensor, sft_logits: Tensor, lam: float, bounds: Bounds = UNBOUNDED
+) -> Tensor:
     """Next-token log-probabilities of pi_lam ∝ base (sft / base)^lam.
+
+    With bounds: pi_lam ∝ sft exp((lam - 1) rho), rho the bounded log(sft / base).
 
     Args:
         base_logits: (..., V), finite.
         sft_logits: (..., V), finite, of the same prefixes.
-        lam: 0 gives base, 1 gives sft, above 1 goes past sft.
+        lam: 0 gives base (without bounds), 1 gives sft, above 1 goes past sft.
+        bounds: of log(sft / base).
 
     Returns:
         (..., V) nats, normalised, float32 (float64 for float64).
@@ -103,11 +109,17 @@ def extrapolate(base_logits: Tensor, sft_logits: Tensor, lam: float) -> Tensor:
         ShapeError: the two shapes differ.
     """
     require_same_shape(base_logits=base_logits, sft_logits=sft_logits)
-    base, step = _direction(base_logits, sft_logits)
+    base, step = _direction(base_logits, sft_logits, bounds)
     return torch.log_softmax(base + lam * step, dim=-1)
 
 
-def extrapolated_nll(base_logits: Tensor, sft_logits: Tensor, ids: Tensor, lams: Tensor) -> Tensor:
+def extrapolated_nll(
+    base_logits: Tensor,
+    sft_logits: Tensor,
+    ids: Tensor,
+    lams: Tensor,
+    bounds: Bounds = UNBOUNDED,
+) -> Tensor:
     """-log pi_lam of each token, for each lambda. A measurement: no gradient flows through it.
 
     Args:
@@ -115,6 +127,7 @@ def extrapolated_nll(base_logits: Tensor, sft_logits: Tensor, ids: Tensor, lams:
         sft_logits: (..., V), finite, of the same prefixes.
         ids: (...) int64 in [0, V).
         lams: (L,).
+        bounds: as in `extrapolate`.
 
     Returns:
         (L, ...) nats, float32 (float64 for float64 logits). Memory beyond the logits and the
@@ -135,7 +148,7 @@ def extrapolated_nll(base_logits: Tensor, sft_logits: Tensor, ids: Tensor, lams:
     out = torch.empty(len(lams), ids.numel(), dtype=dtype, device=ids.device)
     with torch.no_grad():
         for place, (base_rows, sft_rows) in token_chunks(base_logits, sft_logits):
-            base, step = _direction(base_rows, sft_rows)
+            base, step = _direction(base_rows, sft_rows, bounds)
             for row, lam in enumerate(lams.tolist()):
                 scores = torch.add(base, step, alpha=lam)
                 chosen = scores.gather(1, flat_ids[place]).squeeze(1)
@@ -143,11 +156,14 @@ def extrapolated_nll(base_logits: Tensor, sft_logits: Tensor, ids: Tensor, lams:
     return out.view(len(lams), *ids.shape)
 
 
-def _direction(base_logits: Tensor, sft_logits: Tensor) -> tuple[Tensor, Tensor]:
-    """log base, and log sft - log base: where lambda = 0 is, and one step of lambda."""
+def _direction(base_logits: Tensor, sft_logits: Tensor, bounds: Bounds) -> tuple[Tensor, Tensor]:
+    """Where lambda = 0 is, and one step of lambda: log base, and log sft - log base."""
     base = torch.log_softmax(base_logits, dim=-1, dtype=working_dtype(base_logits))
     sft = torch.log_softmax(sft_logits, dim=-1, dtype=working_dtype(sft_logits))
-    return base, sft - base
+    if bounds == UNBOUNDED:
+        return base, sft - base
+    step = bounds.apply(sft - base, sft - sft.amax(-1, keepdim=True))
+    return sft - step, step  # lambda = 1 stays sft
 
 
 def _reference(sft: Tensor, base: Tensor, ref: Literal["sft", "base"]) -> Tensor:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from srppo.models.roles import Role
 
@@ -17,6 +19,11 @@ def extrapolate_weights(policy: Role, base: Role, alpha: float) -> None:
 
     Source: arXiv:2404.16792.
     """
-    with policy.active() as model, base.active() as start:
-        for theta, origin in zip(model.parameters(), start.parameters(), strict=True):
-            theta.add_(theta - origin.to(theta), alpha=alpha)
+    for theta, origin in zip(policy.model.parameters(), base.model.parameters(), strict=True):
+        here = _here(theta)
+        here.add_(here - _here(origin).to(here), alpha=alpha)
+
+
+def _here(weight: Tensor) -> Tensor:
+    """What this process holds of it."""
+    return weight.to_local() if isinstance(weight, DTensor) else weight

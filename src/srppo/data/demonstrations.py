@@ -19,6 +19,7 @@ A row is left out for one of these reasons, and `Report` counts them:
 | unknown role '...' | neither system, user, assistant, nor human, gpt | yes |
 | empty messages | no turn at all | yes |
 | no assistant turn · empty response | nothing to learn; null and blanks are empty | no |
+| no response column beside ... | a prompt's column alone | no |
 | no user turn in the prompt · empty prompt | nothing to answer | yes |
 | refused by the chat template (...) | for instance: roles must alternate | yes |
 | text that the tokenizer can only spell with control tokens | see `chat` | yes |
@@ -136,6 +137,7 @@ class _Screen:
             RowError: it has none; the message is the reason.
         """
         conversation = record.read(record.row)
+        conversation.require_response()
         turns = conversation.turns
         places, problems = answered(turns, self.turns)
         key = prompt_key(turns[: places[-1] + 1])

@@ -73,13 +73,14 @@ def describe_used(data: "Data", note: str) -> str:
 
 
 def describe_overlap(overlap: Mapping[str, Any]) -> str:
-    """Which prompts of stage 2 and of the evaluation were seen before."""
+    """Which prompts of stage 2 and of the evaluation, if there is one, were seen before."""
     seen = overlap["contamination"]
     lines = [
         f"prompts of stage 2 ({overlap['setting']}): of {overlap['of']}, {overlap['exact']} are "
         f"those of demonstrations exactly, {overlap['ngram']} by 8-grams"
     ]
-    for name, what in (("demonstrations", "demonstrations"), ("prompts", "prompts of stage 2")):
+    whats = {"demonstrations": "demonstrations", "prompts": "prompts of stage 2"}
+    for name, what in whats.items() if seen["of"] else ():
         lines.append(
             f"evaluation: of {seen['of']} prompts, {seen[name]['exact']} are among the {what} "
             f"exactly, {seen[name]['ngram']} by 8-grams"

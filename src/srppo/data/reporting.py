@@ -122,7 +122,7 @@ class Report:
             return "Give the tokenizer a chat template that takes such conversations."
         if most == "not UTF-8":
             return "Save the file as UTF-8."
-        if most in ("columns not understood", "no assistant turn") or most.startswith("no column"):
+        if most.startswith(("columns not understood", "no column", "no response column")):
             return (
                 "Say which of its columns are meant: data.columns={prompt: OWN, response: OWN}, or "
                 "--column-map prompt=OWN."

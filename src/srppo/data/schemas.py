@@ -30,6 +30,8 @@ UNDERSTOOD = (
     "messages, conversations, prompt/response, prompt/completion, instruction/completions, "
     "instruction/input/output, instruction/context/response, question/answer, chosen"
 )
+ALONE = ("prompt", "instruction", "question")
+"""Columns that hold a prompt where no column with a response is beside them."""
 ROLES = {r: r for r in ("system", "user", "assistant")} | {"human": "user", "gpt": "assistant"}
 
 
@@ -50,6 +52,12 @@ class Conversation:
     def columns(self) -> frozenset[str]:
         """All that the turns came from."""
         return self.prompt_columns | self.response_columns
+
+    def require_response(self) -> None:
+        """Raises RowError where there is no column for it beside those of the prompt."""
+        if self.schema in ALONE and all(turn["role"] != "assistant" for turn in self.turns):
+            beside = ", ".join(sorted(self.prompt_columns))
+            raise RowError(f"no response column beside {beside}")
 
 
 @dataclass(frozen=True)
@@ -253,6 +261,6 @@ SCHEMAS: dict[str, tuple[tuple[str, ...], Callable[[Row, str], Conversation]]] =
         )
     },
     "chosen": (("chosen",), _chosen),
-    **{prompt: ((prompt,), _pair) for prompt in ("prompt", "instruction", "question")},
+    **{prompt: ((prompt,), _pair) for prompt in ALONE},
 }
 """Name: the columns that a row must have, and what reads it; the first that fits counts."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from srppo.errors import ConfigError
@@ -44,6 +45,8 @@ def unlike(first: Stored, other: Stored, task: str) -> list[str]:
     for key, cure in CURES.items():
         ours, theirs = getattr(a, key), getattr(b, key)
         if ours != theirs and (key != "template_sha256" or a.template == b.template):
+            if key.startswith("template"):
+                cure += _templates([m for m, t in ((other, b), (first, a)) if t.template == "chat"])
             reasons.append(f"{key} is {_short(theirs)} and {_short(ours)}; {cure}.")
     asked, answered = ({s.doc_id: s.prompt_sha256 for s in m.samples(task)} for m in (first, other))
     found = []
@@ -74,6 +77,23 @@ def settings_that_differ(first: Stored, other: Stored, task: str) -> list[str]:
         for key in {**ours, **theirs}
         if ours.get(key) != theirs.get(key) and key not in FOUND
     ]
+
+
+def _templates(asked: list[Stored]) -> str:
+    """What to pass, for models that were asked through a template."""
+    if not asked:
+        return ""
+    files = []
+    for model in asked:
+        given = model.results.config.get("chat_template", "auto")
+        where = model.results.model.path or ""
+        file = Path(where, "chat_template.jinja") if given in ("auto", "none") else Path(given)
+        files.append(
+            f"{file}, which is {model.name}'s"
+            if file.is_file()
+            else f"a file with {model.name}'s, of the tokenizer of {where}"
+        )
+    return f" for both, {', or '.join(files)}; and another --out"
 
 
 def _short(value: Any) -> str:

@@ -18,6 +18,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from srppo import distributed
 from srppo.algo.masking import masked_sum
+from srppo.algo.reward import UNBOUNDED, Bounds
 from srppo.data.chat import Example
 from srppo.data.prompts import Prompt
 from srppo.errors import ConfigError, SrppoError
@@ -55,6 +56,7 @@ class Evaluator:
         model: Role | PreTrainedModel,
         base: Role | PreTrainedModel | None = None,
         lam: float = 1.0,
+        bounds: Bounds = UNBOUNDED,
     ) -> HFSampler:
         """Samples from `model`, or from base·(model/base)^lam."""
         return HFSampler(
@@ -64,6 +66,7 @@ class Evaluator:
             max_tokens_per_batch=self.max_tokens_per_batch,
             base=base,
             lam=lam,
+            bounds=bounds,
         )
 
     def measure(

@@ -20,6 +20,7 @@ from lm_eval.models.utils import (
 from torch import Tensor
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
+from srppo import distributed
 from srppo.algo.logprobs import token_logprobs
 from srppo.eval.ask import Reader, room
 from srppo.eval.benchmarks import Row, sha256
@@ -191,7 +192,9 @@ class Engine(TemplateLM):
         order = sorted(range(len(texts)), key=lambda i: (-lengths[i], i))
         parts = [order[i : i + CHUNK] for i in range(0, len(order), CHUNK)]
         origin = {**self.origin, **self.settings, "requests_sha256": sha256("".join(hashes))}
-        finished = Finished(self.path, origin, parts)
+        # Of several processes the first one keeps them.
+        finished = Finished(self.path if distributed.is_first() else None, origin, parts)
+        finished.rows = distributed.from_first(lambda: finished.rows)
         self.progress(len(finished.rows))
         for part in parts:
             if part[0] in finished.rows:
@@ -231,8 +234,7 @@ class _Stop:
 @torch.no_grad()
 def _score(role: Role, sequences: Sequences, max_tokens: int) -> list[tuple[float, bool]]:
     """Of each response: sum of log-probabilities in nats, and whether all were the likeliest."""
-    logprobs = torch.zeros(sequences.mask.shape)
-    likeliest = torch.ones_like(sequences.mask)
+    logprobs, missed = torch.zeros(2, *sequences.mask.shape)
     rows = torch.arange(len(sequences))
     with role.active() as model:
         for batch in microbatches(sequences, rows, max_tokens, role.device):
@@ -240,7 +242,8 @@ def _score(role: Role, sequences: Sequences, max_tokens: int) -> list[tuple[floa
             parts = []
             for some in chunks(model, batch):
                 logits, ids = output_logits(model, hidden[some]), batch.response_ids[some]
-                parts.append((token_logprobs(logits, ids), logits.argmax(-1) == ids))
+                parts.append((token_logprobs(logits, ids), logits.argmax(-1) != ids))
             batch.put(logprobs, torch.cat([p for p, _ in parts]))
-            batch.put(likeliest, torch.cat([g for _, g in parts]))
-    return list(zip(logprobs.sum(1).tolist(), likeliest.all(1).tolist(), strict=True))
+            batch.put(missed, torch.cat([m for _, m in parts]))
+    distributed.add([logprobs, missed])
+    return list(zip(logprobs.sum(1).tolist(), (missed.sum(1) == 0).tolist(), strict=True))

@@ -14,6 +14,7 @@ import torch
 import transformers
 from huggingface_hub import constants
 
+from srppo import distributed
 from srppo.errors import SrppoError
 from srppo.eval.benchmarks import BENCHMARKS, LETTERS, Row, sha256
 from srppo.eval.preflight import Plan, Settings, prepare
@@ -41,7 +42,8 @@ def evaluate(
 ) -> list[ResultDir]:
     """Every model on every task, each model's results in `out`/NAME.
 
-    A task that fails is written down as failed, and the others go on.
+    A task that fails is written down as failed, and the others go on; not so with several
+    processes, which share the work and have to fail together.
 
     Args:
         models: `NAME=DIR` or `DIR`: run or model directories, adapters, hub names.
@@ -57,6 +59,7 @@ def evaluate(
     for check in plan.checks:
         if check.state == "note":
             reporter.line(f"note: {check.what}: {check.says}")
+    distributed.any_of(False)  # nobody writes before all have looked
     return [_evaluate(subject, plan, settings, out, reporter, judge) for subject in plan.subjects]
 
 
@@ -69,8 +72,10 @@ def _evaluate(
     judge: Judge | None,
 ) -> ResultDir:
     record = settings.record()
-    results = ResultDir.begin(out / subject.name, subject.identity, record)
-    load = cache(partial(subject.load, settings.dtype, settings.device))
+    kept = distributed.is_first()
+    results = ResultDir.begin(out / subject.name, subject.identity, record, kept=kept)
+    cut = settings.shard, settings.shard_sampling
+    load = cache(partial(subject.load, settings.dtype, settings.device, *cut))
     job = _Job(subject, plan, settings, results, reporter, load)
     for name in settings.tasks:
         try:
@@ -83,6 +88,8 @@ def _evaluate(
             reporter.line(f"{subject.name}: {name} is not finished; --resume goes on where it was")
             raise
         except Exception as e:  # the other tasks and models may do
+            if distributed.size() > 1:
+                raise
             message = _why(e, name in BENCHMARKS and BENCHMARKS[name].secret)
             results.fail(name, message)
             reporter.line(f"{subject.name}: {name} failed: {message}")
@@ -199,16 +206,18 @@ def _alpaca(job: _Job, judge: Judge) -> None:
         {"instruction": row["instruction"], "output": text, "generator": subject.name}
         for row, text in zip(references.outputs, texts, strict=False)
     ]
-    entry, samples = score_outputs(
-        outputs,
-        references,
-        judge,
-        job.results.path / "alpaca_eval",
-        job.settings.seed,
-        job.reporter,
-        True,
-        job.settings.data_dir,
-        constants.HF_HUB_OFFLINE,
+    entry, samples = distributed.from_first(
+        lambda: score_outputs(
+            outputs,
+            references,
+            judge,
+            job.results.path / "alpaca_eval",
+            job.settings.seed,
+            job.reporter,
+            True,
+            job.settings.data_dir,
+            constants.HF_HUB_OFFLINE,
+        )
     )
     facts = job.facts("alpaca_eval", engine)
     entry |= facts | {"notes": facts["notes"] + entry["notes"]}

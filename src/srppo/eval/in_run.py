@@ -48,6 +48,8 @@ class RunBenchmarks:
             batch_tokens=recipe.ppo.max_tokens_per_batch,
             dtype=model.dtype,
             device=model.device,
+            shard=model.shard,
+            shard_sampling=model.shard_sampling,
         )
         self.judge = judge_of(
             wanted.judge_url, wanted.judge_model, wanted.judge, model.device, model.dtype

@@ -5,12 +5,12 @@ from __future__ import annotations
 import asyncio
 import os
 from collections import Counter
-from collections.abc import Coroutine, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
+from srppo import aio
 from srppo.data.schemas import Message
 from srppo.errors import JudgeError
 from srppo.eval.judge import FORMS, STUMBLES, Form, Note, Verdict
@@ -87,7 +87,7 @@ class ServerJudge:
 
     def ask(self, form: Form, questions: Sequence[list[Message]], note: Note) -> Counter[str]:
         """Several at a time, by `concurrency`."""
-        return _run(self._ask_all(form, questions, note))
+        return aio.run(self._ask_all(form, questions, note))
 
     async def _ask_all(
         self, form: Form, questions: Sequence[list[Message]], note: Note
@@ -176,13 +176,3 @@ def _said(answer: Any) -> Any:
         return answer["message"]["content"]
     except STUMBLES:
         return answer
-
-
-def _run(work: Coroutine[Any, Any, Counter[str]]) -> Counter[str]:
-    """`asyncio.run`, also where a notebook already runs a loop."""
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        return asyncio.run(work)
-    with ThreadPoolExecutor(1) as other:
-        return other.submit(asyncio.run, work).result()

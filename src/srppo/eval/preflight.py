@@ -47,6 +47,10 @@ class Settings:
     """Tokens, padding included, per forward pass; memory and speed only."""
     dtype: str = "float32"
     device: str = "auto"
+    shard: bool = False
+    """Of several processes each holds a share of every model's layers..."""
+    shard_sampling: bool = False
+    """...while they decode, too."""
 
     def __post_init__(self) -> None:
         for task in self.tasks:
@@ -60,7 +64,8 @@ class Settings:
 
     def record(self) -> dict[str, Any]:
         """JSON-ready."""
-        return {**asdict(self), "data_dir": self.data_dir and str(self.data_dir)}
+        kept = {**asdict(self), "data_dir": self.data_dir and str(self.data_dir)}
+        return {k: v for k, v in kept.items() if not k.startswith("shard")}  # decide no number
 
 
 @dataclass(frozen=True)

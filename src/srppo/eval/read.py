@@ -72,6 +72,7 @@ class Results(_Part):
     model: Model
     created: str
     seed: int | None
+    config: dict[str, Any] = {}
     tasks: dict[str, Task]
     failed: dict[str, str] = {}
 

@@ -10,11 +10,7 @@ from rich.table import Table
 
 from srppo.eval.benchmarks import BENCHMARKS, Row
 from srppo.eval.preflight import Check
-
-NOISE = (
-    "At these sizes differences of 2 to 4 points are near the noise; `srppo compare` pairs the "
-    "questions."
-)
+from srppo.eval.statistics import widest_difference
 
 
 def show_results(records: Sequence[Row], console: Console) -> None:
@@ -40,7 +36,10 @@ def show_results(records: Sequence[Row], console: Console) -> None:
                 console.print(f"{name}, {task}: {note}", markup=False)
         for task, message in record["failed"].items():
             console.print(f"{name}, {task} FAILED: {message}", markup=False)
-    console.print(NOISE, markup=False)
+    if sizes := {
+        found["n"] for r in records for t in r["tasks"].values() for found in t["metrics"].values()
+    }:
+        console.print(_noise(min(sizes), max(sizes)), markup=False)
 
 
 def show_checks(checks: Sequence[Check], console: Console) -> None:
@@ -73,6 +72,16 @@ def _went(entry: Row) -> list[str]:
         "" if eos is None else f"{100 * eos:.0f}%",
         *("" if n is None else str(n) for n in counts),
     ]
+
+
+def _noise(fewest: int, most: int) -> str:
+    below, least = (f"{100 * widest_difference(n):.1f}" for n in (fewest, most))
+    more = f", with {most} one below {least}" if most > fewest else ""
+    return (
+        f"With {fewest} question{'s' * (fewest > 1)} a difference below {below} points can be "
+        f"chance{more} (95%, scores near 50%, models independent); `srppo compare` pairs the "
+        "questions."
+    )
 
 
 def _floor(task: str) -> list[str]:

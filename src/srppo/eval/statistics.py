@@ -109,6 +109,12 @@ def unpaired(first: Estimate, second: Estimate) -> Difference:
     return Difference(value, stderr, value - half, value + half, p, None, None, None)
 
 
+def widest_difference(n: int) -> float:
+    """Half the width of the interval of a difference of two scores within [0, 1], each on `n`
+    questions of its own, at its widest: half of them 0, half 1. Normal; no more than 1."""
+    return min(1.0, float(stats.norm.ppf(0.975)) * math.sqrt(2 * 0.25 / n))
+
+
 def holm(p: Sequence[float]) -> list[float]:
     """p-values adjusted for their number; below 0.05, the chance of any false one is below 5%.
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from huggingface_hub import try_to_load_from_cache
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
+from srppo import distributed
 from srppo.data.chat import prompt_text
 from srppo.data.schemas import RowError
 from srppo.errors import ConfigError, ModelError
@@ -22,9 +23,11 @@ from srppo.models.load import (
     is_adapter,
     load_model,
     load_tokenizer,
+    pick_device,
     resolve,
 )
-from srppo.models.roles import Role
+from srppo.models.roles import Role, ShardedRole
+from srppo.models.sharding import load_sharded
 from srppo.train.checkpoint import model_in
 
 PLAIN = "base-plain"
@@ -85,8 +88,12 @@ class Subject:
         """Of the template's text."""
         return sha256(str(self.tokenizer.chat_template)) if self.chat else None
 
-    def load(self, dtype: str, device: str) -> Role:
-        """Its weights, frozen."""
+    def load(self, dtype: str, device: str, shard: bool = False, lean: bool = False) -> Role:
+        """Its weights, frozen; with `shard`, of several processes each holds a share, and never
+        more if `lean`."""
+        if shard and distributed.is_joined():
+            pieces = load_sharded(self.path, dtype, device, lean=lean)
+            return ShardedRole(pieces, pick_device(device)).freeze()
         return Role(load_model(self.path, dtype, device)).freeze()
 
     @cached_property

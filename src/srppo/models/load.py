@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
 from peft import PeftConfig, PeftModel
 from safetensors import SafetensorError
 from transformers import (
@@ -51,6 +53,12 @@ def resolve(name: str) -> str:
                 f"model directory {name!r} does not exist: nothing can be loaded. Give a directory "
                 "with config.json and model.safetensors, or a Hugging Face name (owner/model)."
             )
+        if path.parent.is_dir() and not _is_cached(name):
+            raise ModelError(
+                f"model directory {name!r} does not exist, and {str(path.parent)!r} is a directory "
+                "here: nothing can be loaded. Give a directory that is there; or, if a model of "
+                f"the hub is meant, run: hf download {name}"
+            )
         return name
     if not (path / "config.json").is_file() and not is_adapter(path):
         raise ModelError(
@@ -58,6 +66,15 @@ def resolve(name: str) -> str:
             "Give the directory that `save_pretrained` wrote."
         )
     return str(path.absolute())  # adapters remember it
+
+
+def _is_cached(name: str) -> bool:
+    """Whether a model of the hub is on this machine."""
+    files = ("config.json", "adapter_config.json")
+    try:
+        return any(isinstance(try_to_load_from_cache(name, file), str) for file in files)
+    except HFValidationError:  # no name that the hub could have
+        return False
 
 
 def is_adapter(name: str | Path) -> bool:
@@ -90,6 +107,12 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except LOAD_ERRORS as e:
+        found = [file.name for file in Path(path).glob("*")]  # none of a name on the hub
+        if found and not any(file.startswith(("tokenizer", "vocab")) for file in found):
+            raise ModelError(
+                f"{name!r} holds no tokenizer: texts cannot become tokens. Copy tokenizer.json and "
+                "tokenizer_config.json there from where the model is from."
+            ) from e
         raise ModelError(cannot_load("tokenizer", name, e)) from e
     if tokenizer.eos_token_id is None:
         raise ModelError(
@@ -266,8 +289,9 @@ def frozen_copy(model: PreTrainedModel) -> PreTrainedModel:
 
 def cannot_load(what: str, name: str, error: BaseException) -> str:
     """A message for whatever is in LOAD_ERRORS."""
-    lines = [line for line in str(error).splitlines() if line.strip()] or [repr(error)]
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [repr(error)]
+    reason = " ".join(lines) if lines[0].endswith(":") else lines[0]
     return (
-        f"the {what} of {name!r} cannot be loaded: {lines[0].strip()} "
+        f"the {what} of {name!r} cannot be loaded: {reason.rstrip('.')}. "
         "Give a complete Hugging Face model directory, or a hub name that this machine can reach."
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -19,8 +19,8 @@ from peft.functional import (
 )
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import load_peft_weights
-from torch import nn
-from transformers import PreTrainedModel
+from torch import Tensor, nn
+from transformers import GenerationConfig, PreTrainedModel
 
 from srppo.config import LoRAConfig
 from srppo.errors import ModelError
@@ -107,12 +107,15 @@ class Backbone:
         return AdapterRole(self, name)
 
     @contextmanager
-    def using(self, adapter: str | None) -> Iterator[PreTrainedModel]:
-        """The model with that adapter in force, or none; afterwards, the one from before."""
+    def using(self, adapter: str | None, *, gather: bool = True) -> Iterator[PreTrainedModel]:
+        """The model with that adapter in force, or none; afterwards, the one from before.
+
+        `gather`: of weights in pieces, what `gathered` does.
+        """
         before = self.in_force
         self._switch(adapter)
         try:
-            with gathered(self.model):
+            with gathered(self.model) if gather else nullcontext():
                 yield self.model
         finally:
             self._switch(before)
@@ -181,6 +184,17 @@ class AdapterRole(Role):
     def sibling(self, directory: str | Path) -> Role:
         """Another adapter of the same backbone, frozen."""
         return self.backbone.load(directory)
+
+    def save_pretrained(
+        self,
+        directory: str | Path,
+        generation: GenerationConfig | None = None,
+        weights: dict[str, Tensor] | None = None,
+    ) -> None:
+        """The adapter; one process may do this alone, whatever the weights below are."""
+        with self.backbone.using(self.adapter, gather=False) as model:
+            model.generation_config = generation or model.generation_config
+            model.save_pretrained(directory)
 
 
 def _check_plain(config: PeftConfig, directory: str | Path) -> None:

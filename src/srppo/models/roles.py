@@ -14,7 +14,14 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from srppo.models.load import frozen_copy, load_model
 from srppo.models.precision import Compute
-from srppo.models.sharding import gathered, in_float32, load_sharded, whole, whole_weights
+from srppo.models.sharding import (
+    gathered,
+    in_float32,
+    load_sharded,
+    needs_all,
+    whole,
+    whole_weights,
+)
 from srppo.models.value_head import ValueHead
 
 
@@ -59,7 +66,8 @@ class Role:
 
     @contextmanager
     def decoding(self) -> Iterator[PreTrainedModel]:
-        """`active`, and each process may call it as often as it likes: all weights are here."""
+        """`active`, and each process may call it as often as it likes: all weights are here, or
+        `needs_all`."""
         with self.active() as model, whole(model):
             yield model
 
@@ -124,12 +132,14 @@ class ShardedRole(Role):
 
     def successor(self, compute: Compute = "float32") -> Role:
         """Sharded as well."""
-        return ShardedRole(in_float32(self.model, compute).requires_grad_(True), self.device)
+        model = in_float32(self.model, self.device, compute)
+        return ShardedRole(model.requires_grad_(True), self.device)
 
     def sibling(self, directory: str | Path) -> Role:
         """Sharded as well."""
         dtype = str(self.model.dtype).removeprefix("torch.")
-        model = load_sharded(str(directory), dtype, str(self.device))
+        lean = needs_all(self.model)
+        model = load_sharded(str(directory), dtype, str(self.device), lean=lean)
         return ShardedRole(model, self.device).freeze()
 
     def whole_weights(self) -> dict[str, Tensor] | None:

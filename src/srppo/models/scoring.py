@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from srppo import distributed
-from srppo.algo.logprobs import chunk_size, token_logprobs
+from srppo.algo.logprobs import chunk_size, token_logprobs, token_margins
 from srppo.models.batching import Batch, Sequences, microbatches
 from srppo.models.roles import Role
 from srppo.models.value_head import ValueHead
@@ -78,21 +78,44 @@ def score_with_values(
     model: Role | PreTrainedModel, critic: ValueHead | None, sequences: Sequences, max_tokens: int
 ) -> tuple[Tensor, Tensor]:
     """`score`, and from the same pass the critic's `units`; (N, T) each, zeros without a critic."""
-    role = Role.of(model)
     logprobs, units = torch.zeros(2, *sequences.mask.shape)
+    for active, batch, hidden in _passes(Role.of(model), sequences, max_tokens):
+        parts = [
+            token_logprobs(output_logits(active, hidden[some]), batch.response_ids[some])
+            for some in chunks(active, batch)
+        ]
+        batch.put(logprobs, torch.cat(parts))
+        if critic:
+            batch.put(units, critic.units(hidden))
+    distributed.add([logprobs, units])
+    return logprobs, units
+
+
+@torch.no_grad()
+def score_with_margins(
+    model: Role | PreTrainedModel, sequences: Sequences, max_tokens: int
+) -> tuple[Tensor, Tensor]:
+    """`score`, and from the same pass log pi(y_t | ..) - max_a log pi(a | ..); (N, T) each."""
+    logprobs, margins = torch.zeros(2, *sequences.mask.shape)
+    for active, batch, hidden in _passes(Role.of(model), sequences, max_tokens):
+        parts = []
+        for some in chunks(active, batch):
+            logits, ids = output_logits(active, hidden[some]), batch.response_ids[some]
+            parts.append(torch.stack([token_logprobs(logits, ids), token_margins(logits, ids)]))
+        for into, values in zip((logprobs, margins), torch.cat(parts, dim=1), strict=True):
+            batch.put(into, values)
+    distributed.add([logprobs, margins])
+    return logprobs, margins
+
+
+def _passes(
+    role: Role, sequences: Sequences, max_tokens: int
+) -> Iterator[tuple[PreTrainedModel, Batch, Tensor]]:
+    """Microbatches with the states that the output head reads."""
     rows = torch.arange(len(sequences))
     with role.active() as active:
         for batch in microbatches(sequences, rows, max_tokens, role.device):
-            hidden = hidden_states(active, batch)
-            parts = [
-                token_logprobs(output_logits(active, hidden[some]), batch.response_ids[some])
-                for some in chunks(active, batch)
-            ]
-            batch.put(logprobs, torch.cat(parts))
-            if critic:
-                batch.put(units, critic.units(hidden))
-    distributed.add([logprobs, units])
-    return logprobs, units
+            yield active, batch, hidden_states(active, batch)
 
 
 @torch.no_grad()

@@ -47,12 +47,21 @@ def load_sharded(
     *,
     base: str | None = None,
     offload: bool = False,
+    compute: Compute = "float32",
+    lean: bool = False,
 ) -> PreTrainedModel:
-    """As `load_model`, in pieces. Only the first process reads the weights; with `offload`, the
-    pieces wait in CPU memory."""
+    """As `load_model`, in pieces. Only the first process reads the weights.
+
+    Args:
+        offload: the pieces wait in CPU memory.
+        compute: as for `in_float32`.
+        lean: no process ever has all layers whole, not even to decode.
+    """
     whole = load_model(name, dtype, "cpu", base=base) if distributed.is_first() else None
     config = distributed.from_first(lambda: whole.config if whole else None)
-    model = _skeleton(config, getattr(torch, dtype), pick_device(device), offload=offload)
+    place = pick_device(device)
+    model = _skeleton(config, getattr(torch, dtype), place, compute, offload=offload)
+    model.lean = lean
     set_model_state_dict(
         model,
         whole.state_dict() if whole else {},
@@ -61,10 +70,14 @@ def load_sharded(
     return model
 
 
-def in_float32(model: PreTrainedModel, compute: Compute = "float32") -> PreTrainedModel:
-    """Another sharded model with the same weights, in float32; its layers are gathered and computed
-    in the format `compute`, their gradients added up in float32."""
-    other = _skeleton(model.config, torch.float32, model.device, compute)
+def in_float32(
+    model: PreTrainedModel, device: torch.device, compute: Compute = "float32"
+) -> PreTrainedModel:
+    """Another sharded model with the same weights, in float32, on `device`, which is not the
+    model's own where that waits in CPU memory; its layers are gathered and computed in the format
+    `compute`, their gradients added up in float32."""
+    other = _skeleton(model.config, torch.float32, device, compute)
+    other.lean = model.lean
     other.load_state_dict({k: v.detach().float() for k, v in model.state_dict().items()})
     return other
 
@@ -93,9 +106,10 @@ def gathered(model: PreTrainedModel) -> Iterator[None]:
 
 @contextmanager
 def whole(model: PreTrainedModel) -> Iterator[None]:
-    """Inside, all of a `gathered` model is whole: decoding, which takes every process another
-    number of passes, involves nobody else."""
-    layers = [m for m in model.modules() if isinstance(m, FSDPModule) and m is not model]
+    """Inside, all of a `gathered` model is whole, unless it is lean: decoding, which takes every
+    process another number of passes, involves nobody else."""
+    cut = [] if needs_all(model) else model.modules()
+    layers = [m for m in cut if isinstance(m, FSDPModule) and m is not model]
     for layer in layers:
         layer.set_reshard_after_forward(False, recurse=False)
         layer.unshard()
@@ -105,6 +119,11 @@ def whole(model: PreTrainedModel) -> Iterator[None]:
         for layer in layers:
             layer.reshard()
             layer.set_reshard_after_forward(True, recurse=False)
+
+
+def needs_all(model: PreTrainedModel) -> bool:
+    """Whether each pass that decodes involves all processes."""
+    return bool(getattr(model, "lean", False))
 
 
 def _skeleton(

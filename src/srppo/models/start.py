@@ -20,6 +20,7 @@ from srppo.models.load import (
     pick_device,
 )
 from srppo.models.lora import Backbone
+from srppo.models.precision import Compute
 from srppo.models.roles import Role, ShardedRole
 from srppo.models.sharding import load_sharded
 
@@ -47,10 +48,17 @@ def check_context(config: ModelConfig, data: DataConfig) -> None:
             )
 
 
-def start_sft(config: ModelConfig, seed: int) -> Role:
-    """pi_base as stage 1 trains it: whole and float32, or under a fresh adapter."""
+def start_sft(config: ModelConfig, seed: int, compute: Compute = "float32") -> Role:
+    """pi_base as stage 1 trains it: all of it in float32, or under a fresh adapter.
+
+    `compute` as for `Role.successor`.
+    """
     if config.lora:
         return _backbone(config.base, config, config.lora, seed).new()
+    if config.shard and distributed.is_joined():
+        lean = config.shard_sampling
+        model = load_sharded(config.base, "float32", config.device, compute=compute, lean=lean)
+        return ShardedRole(model, pick_device(config.device))
     return Role(load_model(config.base, "float32", config.device))
 
 
@@ -73,7 +81,8 @@ def _backbone(name: str, config: ModelConfig, lora: LoRAConfig, seed: int) -> Ba
             "own. Merge it into its base model, and give that."
         )
     if config.shard and distributed.is_joined():
-        return Backbone(load_sharded(name, config.dtype, config.device), lora, seed)
+        lean = config.shard_sampling
+        return Backbone(load_sharded(name, config.dtype, config.device, lean=lean), lora, seed)
     model = load_model(name, config.dtype, config.device, quantize=config.quantize)
     return Backbone(model, lora, seed)
 
@@ -83,7 +92,14 @@ def _frozen(name: str, config: ModelConfig) -> Role:
     device = pick_device(config.device)
     below = config.base if name != config.base else None
     if config.shard and distributed.is_joined():
-        pieces = load_sharded(name, config.dtype, config.device, base=below, offload=config.offload)
+        pieces = load_sharded(
+            name,
+            config.dtype,
+            config.device,
+            base=below,
+            offload=config.offload,
+            lean=config.shard_sampling,
+        )
         return ShardedRole(pieces, device).freeze()
     model = load_model(
         name,

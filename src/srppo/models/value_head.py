@@ -42,10 +42,12 @@ class ValueHead(nn.Module):
         return not bool(self.shift.isnan())
 
     def calibrate(self, returns: Tensor, mask: Tensor) -> None:
-        """Set `shift` and `scale` from the returns (N, T) of a first rollout, nats."""
+        """Set `shift` and `scale` from the returns (N, T) of a first rollout, nats; from one that
+        holds a number that is none nothing is set."""
         first = returns[mask]
-        self.shift.fill_(first.mean())
-        self.scale.fill_(first.std(correction=0).clamp(min=1e-3))
+        if first.isfinite().all():
+            self.shift.fill_(first.mean())
+            self.scale.fill_(first.std(correction=0).clamp(min=1e-3))
 
     def forward(self, hidden: Tensor) -> Tensor:
         """(n,) float32 nats of (n, H) hidden states; NaN before `calibrate`."""

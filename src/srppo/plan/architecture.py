@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
 from srppo.config import ModelConfig
@@ -44,8 +45,12 @@ class Architecture:
     """All, or the adapter's."""
     shape: Shape
     layers: int
+    layer: int
+    """Weights of one, the largest."""
     width: int
     vocabulary: int
+    outside: int
+    """Weights outside the layers: embeddings, last norm, output head."""
     cached_per_token: int
     """Numbers that the rollout's cache keeps: keys and values of all layers."""
     positions: int | None
@@ -128,14 +133,19 @@ def _measure(config: Any, model: ModelConfig) -> Architecture:
     matrices = [m for m in made.modules() if isinstance(m, nn.Linear | Conv1D) and m is not head]
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     channels = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    layers = [m for m in made.modules() if isinstance(m, GradientCheckpointingLayer)]
+    inside = [sum(p.numel() for p in layer.parameters()) for layer in layers]
+    weights = made.num_parameters()
     return Architecture(
-        weights=made.num_parameters(),
+        weights=weights,
         quantizable=sum(m.weight.numel() for m in matrices),
         shape=Shape.of(made),
         trained=_trained(made, model).num_parameters(only_trainable=True),
         layers=text.num_hidden_layers,
+        layer=max(inside, default=weights),  # without layers that can be cut, all of it
         width=text.hidden_size,
         vocabulary=text.vocab_size,
+        outside=weights - sum(inside),
         cached_per_token=2 * text.num_hidden_layers * heads * channels,
         positions=getattr(text, "max_position_embeddings", None),
     )

@@ -23,6 +23,15 @@ MODELS: dict[str, dict[str, Any]] = {
     | {"vocab_size": 32768, "max_position_embeddings": 32768, "sliding_window": None},
     "meta-llama/Meta-Llama-3-8B": _LLAMA_3 | _8B | {"max_position_embeddings": 8192},
     "meta-llama/Llama-3.1-8B": _LLAMA_3 | _8B | {"max_position_embeddings": 131072},
+    "meta-llama/Llama-3.1-70B": _LLAMA_3
+    | {
+        "hidden_size": 8192,
+        "intermediate_size": 28672,
+        "num_hidden_layers": 80,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 131072,
+    },
     "meta-llama/Llama-3.2-1B": _LLAMA_3
     | {
         "hidden_size": 2048,
@@ -96,17 +105,25 @@ class Device:
     bfloat16: float
     bandwidth: float
     """Bytes per second, of its memory."""
+    link: float = 32e9
+    """Bytes per second that it sends to others in its machine, and receives meanwhile; by default
+    those of 16 lanes of PCIe 4."""
     measured: bool = False
     """On this machine, rather than as the vendor states."""
     gpu: bool = True
 
 
 GPUS = {
-    "H200": Device("H200", 141e9, 67e12, 989e12, 4.8e12),
-    "H100": Device("H100", 80e9, 67e12, 989e12, 3.35e12),
-    "A100": Device("A100", 80e9, 19.5e12, 312e12, 2.04e12),
+    "H200": Device("H200", 141e9, 67e12, 989e12, 4.8e12, link=450e9),
+    "H100": Device("H100", 80e9, 67e12, 989e12, 3.35e12, link=450e9),
+    "A100": Device("A100", 80e9, 19.5e12, 312e12, 2.04e12, link=300e9),
     "L40S": Device("L40S", 48e9, 91.6e12, 362e12, 0.864e12),
     "4090": Device("4090", 24e9, 82.6e12, 165e12, 1.01e12),
     "A10": Device("A10", 24e9, 31.2e12, 125e12, 0.6e12),
 }
-"""From the vendors' data sheets: SXM where there is one, float32 without TF32, no sparsity."""
+"""From the vendors' data sheets: SXM where there is one, float32 without TF32, no sparsity; links
+in one direction."""
+
+NETWORK = 50e9
+"""Bytes per second that a GPU sends to other machines: 400 Gbit/s for each, as in machines made for
+training."""

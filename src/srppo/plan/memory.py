@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields
 
 from srppo.algo.logprobs import CPU_CHUNK_ELEMENTS, GPU_CHUNK_ELEMENTS
 from srppo.config import Recipe, SFTConfig
 from srppo.models.load import is_adapter
+from srppo.models.precision import Compute
 from srppo.plan.architecture import Architecture, Blueprint, Saved
 from srppo.rollout.cache import GROWTH
 
@@ -32,7 +34,10 @@ class Phase:
     """base and sft, or the weights that they share with the policy, with the sft's adapter."""
     trained: float = 0
     """Weights of the model that is trained, or its adapter."""
+    gathered: float = 0
+    """Of weights in pieces: what is whole while it is computed, with its gradients."""
     gradients: float = 0
+    """With several processes in stage 1 also the copies in which they are summed."""
     optimizer: float = 0
     """Averages that AdamW keeps, or SGD's momentum; in its step also the temporaries."""
     activations: float = 0
@@ -53,8 +58,9 @@ def phases(
     blueprint: Blueprint,
     longest: tuple[int, int] | None = None,
     gpu: bool = True,
+    processes: int = 1,
 ) -> list[Phase]:
-    """The parts of a run in order, each at its peak.
+    """The parts of a run in order, each at its peak; of several processes, in one.
 
     Args:
         longest: tokens of the longest demonstration with its prompt, and of the longest prompt of
@@ -63,7 +69,7 @@ def phases(
     """
     data, model = recipe.data, recipe.model
     most = data.max_prompt_tokens + data.max_response_tokens, data.max_prompt_tokens
-    sizes = _Sizes(recipe, blueprint.sizes(model), *(longest or most), gpu)
+    sizes = _Sizes(recipe, blueprint.sizes(model), *(longest or most), gpu, processes)
     frozen = blueprint.saved(model, "float32")
     policy = blueprint.saved(model, recipe.ppo.compute)
     trained = blueprint.saved(model, recipe.sft.compute)
@@ -80,6 +86,16 @@ class _Sizes:
     prompt: int
     """Tokens of the longest in stage 2."""
     gpu: bool
+    processes: int
+
+    @property
+    def cut(self) -> int:
+        """Into how many pieces weights are."""
+        return self.processes if self.recipe.model.shard else 1
+
+    def share(self, rows: int) -> int:
+        """A process's, at most."""
+        return math.ceil(rows / self.processes)
 
     @property
     def longest(self) -> int:
@@ -88,12 +104,14 @@ class _Sizes:
 
     def stage_1(self, config: SFTConfig, one_pass: Saved) -> list[Phase]:
         """base, as it is trained, alone in memory."""
-        tokens = min(config.micro_batch_size, config.batch_size) * self.demonstration
-        state = (2 if config.optimizer == "adamw" else 1) * FLOAT * self.model.trained
-        frozen = self.backbone if self.recipe.model.lora else 0.0
+        rows = min(config.micro_batch_size, self.share(config.batch_size))
+        tokens = rows * self.demonstration
+        state = (2 if config.optimizer == "adamw" else 1) * self.trained
+        frozen = self.backbone / self.cut if self.recipe.model.lora else 0.0
+        held = Phase("", frozen, self.trained, self._passing(config.compute, True), optimizer=state)
         return self._training(
             "stage 1",
-            Phase("", frozen, FLOAT * self.model.trained, optimizer=state),
+            held,
             self._kept(one_pass, tokens, config.gradient_checkpointing),
             self._tile(tokens),
             temporary=config.optimizer == "adamw",
@@ -102,22 +120,26 @@ class _Sizes:
     def rollout(self, one_pass: Saved) -> Phase:
         """The prompts of one batch, then a token of each at a time, to the longest length."""
         ppo, model = self.recipe.ppo, self.recipe.model
-        rows = min(ppo.rollouts_per_step, max(1, ppo.max_tokens_per_batch // self.longest))
+        most = self.share(ppo.rollouts_per_step)
+        rows = min(most, max(1, ppo.max_tokens_per_batch // self.longest))
         number = BYTES[model.dtype] if model.lora else FLOAT
         cached = number * self.model.cached_per_token * (self.longest + GROWTH)
         layer = 1 + 1 / self.model.layers  # a layer that grows is copied
         return self._resident(
             "rollout",
-            activations=self._layer(one_pass, rows * self.prompt) + one_pass.constant,
+            gathered=self._decoding(),
+            activations=self._layer(one_pass, rows * self.prompt) + self._copies(one_pass),
             logits=SAMPLING_BYTES * rows * self.model.vocabulary,
             cache=rows * cached * layer,
         )
 
     def scoring(self, one_pass: Saved) -> Phase:
         """One frozen model at a time; only here do those that wait in CPU memory come."""
-        tokens = max(self.recipe.ppo.max_tokens_per_batch, self.longest)
+        ppo = self.recipe.ppo
+        tokens = max(ppo.max_tokens_per_batch, self.longest)
         return self._resident(
             "scoring",
+            gathered=self._passing(ppo.compute, False),
             activations=self._layer(one_pass, tokens),
             logits=self.chunk,
             visiting=True,
@@ -126,23 +148,26 @@ class _Sizes:
     def update(self, one_pass: Saved) -> list[Phase]:
         """Passes over one microbatch, then a step of AdamW."""
         ppo = self.recipe.ppo
-        rows = min(ppo.minibatch_size, ppo.rollouts_per_step)
+        rows = self.share(min(ppo.minibatch_size, ppo.rollouts_per_step))
         tokens = min(rows * self.longest, max(ppo.max_tokens_per_batch, self.longest))
-        kept = self._kept(one_pass, tokens, ppo.gradient_checkpointing) + one_pass.constant
+        kept = self._kept(one_pass, tokens, ppo.gradient_checkpointing) + self._copies(one_pass)
         logits = self.chunk * (3 if ppo.estimator == "all_action" else 1)  # of both frozen, too
-        return self._training("update", self._resident(""), kept, logits, temporary=True)
+        held = self._resident("", gathered=self._passing(ppo.compute, True))
+        return self._training("update", held, kept, logits, temporary=True)
 
     def _training(
         self, name: str, held: Phase, kept: float, logits: float, temporary: bool
     ) -> list[Phase]:
         """Forward and backward passes; then the optimizer's step, when what they kept is gone."""
-        weights = FLOAT * self.model.trained
-        step = weights if temporary and self.gpu else 0  # AdamW over all weights at once
-        common = {"frozen": held.frozen, "trained": held.trained, "gradients": weights}
+        step = self.trained if temporary and self.gpu else 0  # AdamW over all weights at once
+        copies = 2 if name == "stage 1" and self.processes > 1 and self.cut == 1 else 1  # DDP's
+        common = {"frozen": held.frozen, "trained": held.trained}
+        common["gradients"] = copies * self.trained
         return [
             Phase(
                 f"{name}: passes",
                 **common,
+                gathered=held.gathered,
                 optimizer=held.optimizer,
                 activations=kept,
                 logits=logits + (0 if self.recipe.model.lora else FLOAT * self.model.shape.head),
@@ -152,17 +177,45 @@ class _Sizes:
 
     def _resident(self, name: str, visiting: bool = False, **parts: float) -> Phase:
         """What stage 2 holds all the time, and `parts`."""
-        model, adapter = self.recipe.model, FLOAT * self.model.trained
-        frozen = self.backbone
+        model = self.recipe.model
+        frozen = self.backbone / self.cut
+        visiting = visiting and self.cut == 1  # pieces come a layer at a time: `gathered`
         if not model.lora:
             frozen *= (1 if visiting else 0) if model.offload else 2
         elif self.whole_sft:
             frozen *= 1 if model.offload and not visiting else 2
         else:
-            frozen += adapter
-        return Phase(
-            name, frozen=frozen, trained=adapter, optimizer=2 * FLOAT * self.model.trained, **parts
-        )
+            frozen += self.trained
+        return Phase(name, frozen=frozen, trained=self.trained, optimizer=2 * self.trained, **parts)
+
+    def _passing(self, compute: Compute, training: bool) -> float:
+        """Of weights in pieces, whole at a pass: those outside the layers, and two layers, one of
+        them fetched ahead; with their gradients, which are summed in float32."""
+        model, layer, outside = self.recipe.model, self.model.layer, self.model.outside
+        if self.cut == 1:
+            return 0.0
+        frozen = BYTES[model.dtype] * (outside + 2 * layer)
+        if model.lora:
+            return frozen
+        number = BYTES[compute]
+        if not training:
+            return max(frozen, FLOAT * outside + 2 * number * layer)
+        return 2 * FLOAT * outside + (3 * number + FLOAT) * layer
+
+    def _decoding(self) -> float:
+        """While responses are sampled each process has all of the policy, in the format of its
+        products; or two layers, with `model.shard_sampling`."""
+        model, inside = self.recipe.model, self.model.weights - self.model.outside
+        if self.cut == 1:
+            return 0.0
+        number = BYTES[model.dtype if model.lora else self.recipe.ppo.compute]
+        outside = (BYTES[model.dtype] if model.lora else FLOAT) * self.model.outside
+        return outside + number * (2 * self.model.layer if model.shard_sampling else inside)
+
+    @property
+    def trained(self) -> float:
+        """What is trained, in float32; adapters are never cut."""
+        return FLOAT * self.model.trained / (1 if self.recipe.model.lora else self.cut)
 
     @property
     def whole_sft(self) -> bool:
@@ -197,6 +250,10 @@ class _Sizes:
         if not checkpointing:
             return tokens * one_pass.per_token + layer
         return tokens * FLOAT * self.model.width * self.model.layers + 2 * layer
+
+    def _copies(self, one_pass: Saved) -> float:
+        """Of weights in the format of products; pieces are gathered in it."""
+        return one_pass.constant if self.cut == 1 or self.recipe.model.lora else 0.0
 
     def _layer(self, one_pass: Saved, tokens: int) -> float:
         return tokens * one_pass.per_token / self.model.layers

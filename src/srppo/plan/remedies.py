@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any
 
 from srppo.config import Recipe, parse_recipe
@@ -29,11 +30,12 @@ class Remedy:
         return " ".join(_override(key, value) for key, value in self.changes.items())
 
 
-def alternatives(recipe: Recipe, longest: int) -> list[list[Changes]]:
+def alternatives(recipe: Recipe, longest: int, processes: int = 1) -> list[list[Changes]]:
     """What could be changed, what changes the run least first; each mild to strong.
 
-    Memory only: recomputed activations, smaller batches. Then the number format of the frozen
-    models, and where they wait. Then what is trained, and last the weights themselves.
+    Memory only: recomputed activations, smaller batches; weights in pieces, where there are
+    several processes. Then the number format of the frozen models, and where they wait; sampling
+    from pieces. Then what is trained, and last the weights themselves.
     """
     model, sft, ppo = recipe.model, recipe.sft, recipe.ppo
     found: list[list[Changes]] = []
@@ -47,28 +49,37 @@ def alternatives(recipe: Recipe, longest: int) -> list[list[Changes]]:
             smaller.append({"sft.micro_batch_size": rows, "ppo.max_tokens_per_batch": tokens})
     if smaller:
         found.append(smaller)
+    can_shard = processes > 1 and not recipe.uses_all_action and not model.quantize
+    if can_shard and not model.shard:
+        found.append([{"model.shard": True}])
     if model.dtype == "float32":
         found.append([{"model.dtype": "bfloat16"}])
     if not model.offload and not recipe.uses_all_action:  # which cannot be combined
         found.append([{"model.offload": True}])
+    if (model.shard or can_shard) and not model.shard_sampling:
+        found.append([{"model.shard_sampling": True, "model.shard": True}])
     if not model.lora:
         found.append([{"model.lora": {"rank": 16}}])
     if not model.quantize:
-        found.append([{"model.quantize": "8bit"}, {"model.quantize": "4bit"}])
+        whole: Changes = {"model.shard": False, "model.shard_sampling": False}  # cannot be cut
+        found.append([whole | {"model.quantize": bits} for bits in ("8bit", "4bit")])
     return found
 
 
-def first_that_fits(recipe: Recipe, longest: int, limit: float, peak: Peak) -> Remedy:
+def first_that_fits(
+    recipe: Recipe, longest: int, limit: float, peak: Peak, processes: int = 1
+) -> Remedy:
     """Adds one alternative after the other, each at its strongest, until the peak is below `limit`;
     then takes back, last added first, whatever turns out not to be needed."""
     chosen: list[tuple[list[Changes], Changes]] = []
 
     def result() -> Remedy:
-        changes = {key: value for _, level in chosen for key, value in level.items()}
+        together = {key: value for _, level in chosen for key, value in level.items()}
+        changes = {k: v for k, v in together.items() if v != _of(recipe, k)}
         bytes_ = peak(changed(recipe, changes))
         return Remedy(changes, bytes_, bytes_ <= limit)
 
-    for levels in alternatives(recipe, longest):
+    for levels in alternatives(recipe, longest, processes):
         chosen.append((levels, levels[-1]))
         if result().fits:
             break
@@ -93,6 +104,11 @@ def changed(recipe: Recipe, changes: Changes) -> Recipe:
             place = place[section]
         place[last] = value
     return parse_recipe(tree)
+
+
+def _of(recipe: Recipe, key: str) -> Any:
+    """What the recipe has there."""
+    return reduce(getattr, key.split("."), recipe)
 
 
 def _override(key: str, value: Any) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import fields
 
@@ -11,41 +12,85 @@ from rich.table import Table
 
 from srppo.config import Recipe
 from srppo.plan.architecture import Architecture, Blueprint
+from srppo.plan.device import find_device
+from srppo.plan.exchange import Group
 from srppo.plan.known import Device
 from srppo.plan.memory import FLOAT, Phase, phases
 from srppo.plan.remedies import first_that_fits
-from srppo.plan.work import SHARE, Clock, Hours, Work, find_device, work
+from srppo.plan.work import SHARE, Clock, Hours, Work, work
 
 RESERVE = 0.05
 """Of a device's memory, left for the process, CUDA's context and what fragments."""
 
 
-def show_plan(recipe: Recipe, console: Console, gpu: str | None, memory: str | None) -> None:
-    """Print what the recipe's run would do and need. Nothing is downloaded, trained or written.
+def show_plan(
+    recipe: Recipe,
+    console: Console,
+    gpu: str | None,
+    memory: str | None,
+    group: Group | None = None,
+) -> bool:
+    """Print what the recipe's run would do and need; whether it would start, whatever its memory.
+    Nothing is downloaded, trained or written.
 
     Args:
         gpu: a name in `known.GPUS`; None: the recipe's device on this machine.
         memory: of the device, as `80GB`; None: what it has.
+        group: several processes; None: one.
 
     Raises:
         SrppoError: a recipe, model or data that is here and cannot be used.
     """
-    device = find_device(recipe, gpu, memory)
+    group = group or Group()
+    device = find_device(recipe, gpu, memory, group.nproc)
     amount = work(recipe)
     blueprint = Blueprint.find(recipe.model.base)
+    sizes = blueprint.sizes(recipe.model) if blueprint else None
+    obstacles = _obstacles(recipe, sizes, group)
     console.print(f"{recipe.name}, not run: this is what it would do.", style="bold")
-    if blueprint is None:
+    for obstacle in obstacles:
+        console.print(obstacle, markup=False)
+    if blueprint is None or sizes is None:
         console.print(_unknown_model(recipe.model.base))
         console.print(_stages(recipe, amount, None))
     else:
-        sizes = blueprint.sizes(recipe.model)
-        console.print(_describe(recipe, blueprint, sizes))
-        console.print(_stages(recipe, amount, Clock(recipe, sizes, amount, device)))
+        console.print(_describe(recipe, blueprint, sizes, group))
+        clock = Clock(recipe, sizes, amount, device, group)
+        console.print(_stages(recipe, amount, clock))
         console.print(_rates(device))
+        if group.size > 1:
+            console.print(_together(recipe, amount, clock))
     console.print(f"Data: {amount.origin}.")
+    if recipe.rollout.engine != "transformers":
+        console.print(
+            f"Rollouts: by rollout.engine={recipe.rollout.engine}, whose time and memory are not "
+            "known here; the table has what transformers would take."
+        )
     if blueprint is not None:
         console.print()
-        _memory(recipe, blueprint, amount, device, console)
+        _memory(recipe, blueprint, amount, device, group.size, console)
+    for obstacle in obstacles:
+        console.print(obstacle, style="bold", markup=False)
+    return not obstacles
+
+
+def _obstacles(recipe: Recipe, sizes: Architecture | None, group: Group) -> list[str]:
+    """What the run would end with before its first step."""
+    found = []
+    longest = recipe.data.max_prompt_tokens + recipe.data.max_response_tokens
+    positions = sizes.positions if sizes else None
+    if positions and longest > positions:
+        found.append(
+            f"It would not start: data.max_prompt_tokens + data.max_response_tokens = {longest}, "
+            f"and the model has {positions} positions. Try {positions // 2} for each."
+        )
+    batch = recipe.sft.batch_size
+    if batch % group.size and not recipe.model.sft:
+        found.append(
+            f"It would not start: sft.batch_size={batch} cannot be divided among {group.size} "
+            f"processes. Try sft.batch_size={group.size * math.ceil(batch / group.size)}."
+        )
+    return found
 
 
 def _unknown_model(name: str) -> str:
@@ -55,19 +100,16 @@ def _unknown_model(name: str) -> str:
     )
 
 
-def _describe(recipe: Recipe, blueprint: Blueprint, sizes: Architecture) -> str:
-    model, data = recipe.model, recipe.data
+def _describe(recipe: Recipe, blueprint: Blueprint, sizes: Architecture, group: Group) -> str:
+    model = recipe.model
     trained = f"adapters of {_short(sizes.trained)}" if model.lora else "all of them"
     lines = [
         f"{model.base}: {_short(sizes.weights)} weights by {blueprint.origin}; trained: "
         f"{trained}, in float32; frozen models in {model.quantize or model.dtype}."
     ]
-    longest = data.max_prompt_tokens + data.max_response_tokens
-    if sizes.positions and longest > sizes.positions:
-        lines.append(
-            f"It would not start: data.max_prompt_tokens + data.max_response_tokens = {longest}, "
-            f"and the model has {sizes.positions} positions."
-        )
+    if group.size > 1:
+        how = "each with a share of every layer" if model.shard else "each with whole models"
+        lines.append(f"{group}, {how}.")
     return "\n".join(lines)
 
 
@@ -75,20 +117,22 @@ def _stages(recipe: Recipe, amount: Work, clock: Clock | None) -> Table:
     """Steps, rows, tokens and time of each part."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("part")
-    for name in ("steps", "rows", "tokens", "time", "rollout", "scoring", "training"):
+    shown = ["rollout", "scoring", "training"]
+    shown += ["exchange"] * (clock is not None and clock.group.size > 1)
+    for name in ("steps", "rows", "tokens", "time", *shown):
         table.add_column(name, justify="right")
     each = amount.prompt_tokens + amount.response_tokens
     total: list[Hours | None] = []
 
     def add(name: str, steps: int | None, rows: int | None, hours: Hours | None) -> None:
         total.append(hours)
-        parts = (hours.total, hours.rollout, hours.scoring, hours.training) if hours else ()
+        parts = [getattr(hours, key) for key in ("total", *shown)] if hours else []
         table.add_row(
             name,
             "" if name.startswith("evaluation") else _count(steps),
             _count(rows),
             _short(None if rows is None else rows * each),
-            *(_time(part) for part in parts or (None,) * 4),
+            *(_time(part) for part in parts or (None,) * (1 + len(shown))),
         )
 
     parts = [("stage 1", "stage 2", recipe)] + [
@@ -134,20 +178,41 @@ def _rates(device: Device) -> str:
     )
 
 
+def _together(recipe: Recipe, amount: Work, clock: Clock) -> str:
+    """A step of stage 2, of all processes."""
+    config, group = recipe.ppo, clock.group
+    step = clock.ppo(config, steps=1)
+    assert step  # for the number of steps is given
+    rate = config.rollouts_per_step * amount.response_tokens / (3600 * step.total)
+    return (
+        f"A step of stage 2, estimated: {_time(step.total)}, {_short(rate)} response tokens/s of "
+        f"all {group.size} together, {_short(rate / group.size)} of each. In it each sends "
+        f"{_short(clock.sent(config))} bytes and receives as many, at "
+        f"{_short(group.bandwidth(clock.device))} bytes/s: {_time(step.exchange)}, as if nothing "
+        "of it happened during the work."
+    )
+
+
 def _memory(
-    recipe: Recipe, blueprint: Blueprint, amount: Work, device: Device, console: Console
+    recipe: Recipe,
+    blueprint: Blueprint,
+    amount: Work,
+    device: Device,
+    processes: int,
+    console: Console,
 ) -> None:
     """The table, and what to change where it does not fit."""
     limit = device.memory * (1 - RESERVE)
 
     def plan(variant: Recipe) -> list[Phase]:
-        return phases(variant, blueprint, amount.longest, device.gpu)
+        return phases(variant, blueprint, amount.longest, device.gpu, processes)
 
     def peak(variant: Recipe) -> float:
         return max(phase.total for phase in plan(variant))
 
     found = plan(recipe)
     names = [f.name for f in fields(Phase) if f.name != "name"]
+    names = [name for name in names if any(getattr(phase, name) for phase in found)]
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     unit, name = (1e9, "GB") if max(phase.total for phase in found) >= 2e9 else (1e6, "MB")
     table.add_column(name, no_wrap=True)
@@ -174,7 +239,7 @@ def _memory(
         f"it kept free. Its largest part is {part}: {getattr(most, part) / 1e9:.1f} GB."
     )
     longest = recipe.data.max_prompt_tokens + recipe.data.max_response_tokens
-    _say_remedy(recipe, blueprint.sizes(recipe.model), longest, device, console, peak)
+    _say_remedy(recipe, blueprint.sizes(recipe.model), longest, device, processes, console, peak)
 
 
 def _say_remedy(
@@ -182,16 +247,20 @@ def _say_remedy(
     sizes: Architecture,
     longest: int,
     device: Device,
+    processes: int,
     console: Console,
     peak: Callable[[Recipe], float],
 ) -> None:
     """The first settings with which it fits, and why the whole model does not, if so."""
-    remedy = first_that_fits(recipe, longest, device.memory * (1 - RESERVE), peak)
+    limit = device.memory * (1 - RESERVE)
+    remedy = first_that_fits(recipe, longest, limit, peak, processes)
     whole = 4 * FLOAT * sizes.weights
-    if not recipe.model.lora and whole > device.memory * (1 - RESERVE):
+    cut = processes if recipe.model.shard else 1
+    if not recipe.model.lora and whole / cut > limit:
         console.print(
             f"With all weights trained it cannot: weights, gradients and AdamW's averages alone "
-            f"are {whole / 1e9:.1f} GB, and srppo trains on one device."
+            f"are {whole / 1e9:.1f} GB. That takes at least {math.ceil(whole / limit)} of these "
+            "devices: --nproc, --nodes and model.shard=true."
         )
     if not remedy.fits:
         console.print(

@@ -3,15 +3,10 @@
 from __future__ import annotations
 
 import math
-import os
-import re
-import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from glob import glob
 from pathlib import Path
 from statistics import mean
-
-import torch
 
 from srppo.config import PPOConfig, Recipe, SFTConfig
 from srppo.config_controls import PairsConfig
@@ -19,14 +14,13 @@ from srppo.config_data import SourceConfig
 from srppo.data.chat import apply_template
 from srppo.data.load import Data, read_data
 from srppo.data.presets import PRESETS
-from srppo.errors import ConfigError
-from srppo.models.load import load_tokenizer, pick_device
-from srppo.models.precision import Compute, computing
+from srppo.models.load import load_tokenizer
+from srppo.models.precision import Compute
 from srppo.plan.architecture import Architecture, local_directory
-from srppo.plan.known import GPUS, ROWS, Device
+from srppo.plan.exchange import Exchange, Group
+from srppo.plan.known import ROWS, Device
 from srppo.plan.memory import BYTES
 from srppo.train.cost import step_flops
-from srppo.train.pace import matmul_rate
 
 SHARE = 0.4
 """Of the rate of matrix products that training and scoring reach: assumed."""
@@ -151,18 +145,31 @@ class Hours:
     rollout: float = 0
     scoring: float = 0
     training: float = 0
+    exchange: float = 0
+    """Between processes, as if nothing of it happened during the rest."""
 
     @property
     def total(self) -> float:
         """All of it."""
-        return self.rollout + self.scoring + self.training
+        return self.rollout + self.scoring + self.training + self.exchange
 
 
 class Clock:
-    """Hours of a recipe's parts on a device. docs/plan.md has the formula in words."""
+    """Hours of a recipe's parts on a device, or one for each of several processes. docs/plan.md has
+    the formula in words."""
 
-    def __init__(self, recipe: Recipe, sizes: Architecture, amount: Work, device: Device) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        sizes: Architecture,
+        amount: Work,
+        device: Device,
+        group: Group | None = None,
+    ) -> None:
         self.recipe, self.sizes, self.amount, self.device = recipe, sizes, amount, device
+        self.group = group or Group()
+        tokens = amount.prompt_tokens + amount.response_tokens
+        self.exchange = Exchange(recipe, sizes, self.group.size, tokens)
         self.whole = recipe.model.lora is None
         self.lengths = [round(amount.prompt_tokens)], [max(1, round(amount.response_tokens))]
 
@@ -174,11 +181,15 @@ class Clock:
         once = step_flops(self.sizes.shape, *self.lengths, train_weights=self.whole)
         again = once.rollout if config.gradient_checkpointing else 0
         products = self._products(self.recipe.sft.compute)
-        return Hours(training=n * config.epochs * self._hours(once.update + again, products))
+        sent = self.exchange.sft(config, self.amount.sft_steps(config) or 0)
+        return Hours(
+            training=n * config.epochs * self._hours(once.update + again, products),
+            exchange=self._sending(sent),
+        )
 
-    def ppo(self, config: PPOConfig) -> Hours | None:
-        """Stage 2."""
-        steps = self.amount.ppo_steps(config)
+    def ppo(self, config: PPOConfig, steps: int | None = None) -> Hours | None:
+        """Stage 2, or so many steps of it."""
+        steps = steps or self.amount.ppo_steps(config)
         if steps is None:
             return None
         once = step_flops(self.sizes.shape, *self.lengths, config.epochs, self.whole)
@@ -189,7 +200,13 @@ class Clock:
             + n * self._hours(once.rollout, self._products(config.compute)),
             scoring=n * self._hours(once.scoring, self.recipe.model.dtype),
             training=n * self._hours(once.update + again, self._products(config.compute)),
+            exchange=steps * self._sending(self.sent(config)),
         )
+
+    def sent(self, config: PPOConfig) -> float:
+        """Bytes of a step of stage 2, by each process."""
+        parts, n = self.exchange, config.rollouts_per_step
+        return parts.rollout(config, n) + parts.scoring(config, n) + parts.update(config)
 
     def pairs(self, config: PairsConfig) -> Hours | None:
         """A control on pairs: each is two responses to learn from, one of them sampled."""
@@ -206,6 +223,7 @@ class Clock:
             ),
             scoring=config.rounds * n * self._hours(once.scoring, products),
             training=config.rounds * n * self._hours(once.update, products),
+            exchange=self._sending(self.exchange.pairs(config, n)),
         )
 
     def evaluation(self, models: int) -> Hours | None:
@@ -221,14 +239,20 @@ class Clock:
             + n * d * self._hours(once.rollout + once.scoring, dtype)
             for d in draws
         )
-        return Hours(rollout=models * each)
+        sent = [
+            self.exchange.rollout(self.recipe.ppo, n * d)
+            + self.exchange.scoring(self.recipe.ppo, n * d)
+            for d in draws
+        ]
+        return Hours(rollout=models * each, exchange=models * self._sending(sum(sent)))
 
     def _decoding(self, config: PPOConfig, responses: int) -> float:
         """A token of each of a batch's responses meets all weights once, until the longest ends."""
         data = self.recipe.data
         longest = self.amount.longest[1] if self.amount.longest else data.max_prompt_tokens
         rows = max(1, config.max_tokens_per_batch // (longest + data.max_response_tokens))
-        calls = math.ceil(responses / rows) * data.max_response_tokens
+        mine = math.ceil(responses / self.group.size)
+        calls = math.ceil(mine / rows) * data.max_response_tokens
         weights = BYTES[self._products(config.compute)] * self.sizes.weights
         return calls * max(weights / self.device.bandwidth, CALL * self.sizes.layers) / 3600
 
@@ -237,59 +261,8 @@ class Clock:
         return compute if compute == "bfloat16" or self.whole else self.recipe.model.dtype
 
     def _hours(self, operations: int, products: Compute) -> float:
-        return operations / (SHARE * float(getattr(self.device, products))) / 3600
+        rate = SHARE * float(getattr(self.device, products)) * self.group.size
+        return operations / rate / 3600
 
-
-def find_device(recipe: Recipe, gpu: str | None, memory: str | None) -> Device:
-    """The GPU that was named, or the recipe's device on this machine, measured.
-
-    Raises:
-        ConfigError: no such GPU in the table; `memory` is not a size.
-    """
-    if gpu and gpu not in GPUS:
-        raise ConfigError(
-            f"--gpu {gpu} is not in srppo's table, so its rates are not known. Name one of "
-            f"{', '.join(GPUS)}, or leave it out to measure this machine."
-        )
-    device = GPUS[gpu] if gpu else _this_machine(pick_device(recipe.model.device))
-    return replace(device, memory=parse_bytes(memory)) if memory else device
-
-
-def parse_bytes(text: str) -> float:
-    """`80GB`, `24GiB`, `500 MB`: bytes."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT])(i?)B?\s*", text, re.IGNORECASE)
-    if not match:
-        raise ConfigError(
-            f"--memory {text!r} is not a size: nothing can be held against it. Write, for example, "
-            "80GB or 24GiB."
-        )
-    number, prefix, binary = match.groups()
-    return float(number) * (1024 if binary else 1000) ** (" KMGT".index(prefix.upper()))
-
-
-def _this_machine(place: torch.device) -> Device:
-    with computing("float32", place):
-        float32 = matmul_rate(place)
-    with computing("bfloat16", place):
-        bfloat16 = matmul_rate(place)
-    if place.type == "cuda":
-        name = torch.cuda.get_device_name(place)
-        memory = torch.cuda.get_device_properties(place).total_memory
-    else:
-        name = f"this machine's CPU, {torch.get_num_threads()} threads"
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return Device(
-        name, memory, float32, bfloat16, _bandwidth(place), measured=True, gpu=place.type != "cpu"
-    )
-
-
-def _bandwidth(place: torch.device) -> float:
-    """Bytes per second that memory gives: of a sum over 256 MiB, the best of three."""
-    x = torch.ones(1 << 26, device=place)
-
-    def seconds() -> float:
-        started = time.monotonic()
-        float(x.sum())  # waits for a GPU
-        return time.monotonic() - started
-
-    return x.nbytes / min(seconds() for _ in range(3))
+    def _sending(self, size: float) -> float:
+        return size / self.group.bandwidth(self.device) / 3600

@@ -89,6 +89,7 @@ def card(files: RunFiles, name: str, *, adapter: bool, merged: bool = False) -> 
         versions=mapping(run, "versions"),
         time=_time(run),
         stopped=mapping(run, "stopped").get(name),
+        changes=provenance.changes(run),
     )
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from srppo.report.curves import series
 from srppo.report.numbers import duration, plain
-from srppo.report.read import Json, RunFiles, mapping, number
+from srppo.report.read import Json, RunFiles, mapping, number, sequence
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,6 +15,7 @@ class Provenance:
     run_known: bool
     """False without run.json."""
     facts: list[tuple[str, str]]
+    changes: list[tuple[str, list[str]]]
     stages: list[tuple[str, str, str]]
     """(stage, status, time)."""
     recipe: list[tuple[str, str]]
@@ -39,6 +40,7 @@ def view(files: RunFiles) -> Provenance | None:
     return Provenance(
         run_known=files.run is not None,
         facts=_facts(run, files),
+        changes=changes(run),
         stages=stages,
         recipe=flat(mapping(run, "recipe")),
         versions=[(name, str(version)) for name, version in mapping(run, "versions").items()],
@@ -46,6 +48,15 @@ def view(files: RunFiles) -> Provenance | None:
         data_notes=_data_notes(files.data),
         data_text=files.data_text,
     )
+
+
+def changes(run: Json | None) -> list[tuple[str, list[str]]]:
+    """With what the run went on that it had not begun with, `--allow-change`: (when, what)."""
+    return [
+        (str(change.get("at")), [str(line) for line in sequence(change, "changed")])
+        for change in sequence(run, "changes")
+        if isinstance(change, dict)
+    ]
 
 
 def flat(tree: Json, prefix: str = "") -> list[tuple[str, str]]:

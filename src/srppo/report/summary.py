@@ -11,6 +11,7 @@ from scipy.stats import t as student_t
 
 from srppo.errors import ConfigError
 from srppo.report.read import mapping, read
+from srppo.report.terminal import changed_on_the_way
 
 Key = tuple[str, str]  # model, decoding
 Columns = dict[str, list[float]]  # column -> one value a run
@@ -41,7 +42,7 @@ def summarise(run_dirs: list[Path], against: str = "policy") -> str:
     """Markdown: every model's scores over the runs, then `against` minus each, paired by run.
 
     The figures at a row are means over runs with 95% intervals; response length in tokens and
-    the EOS rate are means over the groups.
+    the EOS rate are means over the groups. Runs that were changed on their way are named below.
 
     Raises:
         ConfigError: a run without results, or runs that did not measure the same things.
@@ -73,6 +74,8 @@ def summarise(run_dirs: list[Path], against: str = "policy") -> str:
             difference = Interval.of([a - b for a, b in pairs])
             cells.append(f"{difference}{'*' if abs(difference.mean) > difference.half else ''}")
         lines.append(_row([model, decoding, *cells]))
+    said = [(path, line) for path in run_dirs for line in changed_on_the_way(read(path).run)]
+    lines += [""] * bool(said) + [f"- {path}: {line}" for path, line in said]
     return "\n".join(lines) + "\n"
 
 

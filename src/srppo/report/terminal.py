@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from rich import box
 from rich.table import Table
+
+from srppo.report.provenance import changes
 
 
 def result_table(results: dict[str, Any]) -> Table:
@@ -31,3 +34,9 @@ def result_table(results: dict[str, Any]) -> Table:
             style="bold" if model == "policy" else None,
         )
     return table
+
+
+def changed_on_the_way(run: dict[str, Any] | None) -> Iterator[str]:
+    """A line for each time that the run of this run.json went on with something else."""
+    for at, changed in changes(run):
+        yield f"changed on the way, {at}: {'; '.join(changed)}"

@@ -16,8 +16,9 @@ GROWTH = 64
 class GrowingLayer(DynamicLayer):
     """transformers' growing layer with spare room at the end, where new tokens are written."""
 
-    room: Tensor
-    """(2, b, heads, capacity, width): keys and values; `keys` and `values` are its filled part."""
+    rooms: list[Tensor]
+    """Of keys and of values, (b, heads, capacity, width) each, the width their own; `keys` and
+    `values` are their filled parts."""
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
@@ -25,26 +26,31 @@ class GrowingLayer(DynamicLayer):
         """Append (b, heads, new, width) states; return all of them."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-            self.room = key_states.new_empty(2, *key_states.shape[:2], 0, key_states.shape[-1])
+            self.rooms = [x[..., :0, :] for x in (key_states, value_states)]
         start = self.get_seq_length()
         end = start + key_states.shape[-2]
-        if end > self.room.shape[-2]:
-            b, heads, _, width = key_states.shape
-            larger = key_states.new_empty(2, b, heads, end + GROWTH, width)
-            larger[..., :start, :] = self.room[..., :start, :]
-            self.room = larger
-        self.room[0, ..., start:end, :] = key_states
-        self.room[1, ..., start:end, :] = value_states
-        self.keys, self.values = self.room[..., :end, :].unbind(0)
+        if end > self.rooms[0].shape[-2]:
+            self.rooms = [_larger(room, start, end + GROWTH) for room in self.rooms]
+        for room, states in zip(self.rooms, (key_states, value_states), strict=True):
+            room[..., start:end, :] = states
+        self.keys, self.values = (room[..., :end, :] for room in self.rooms)
         return self.keys, self.values
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep these rows, in this order; only those that change their place are copied."""
         end = self.get_seq_length()
         moved = (indices != torch.arange(len(indices), device=indices.device)).nonzero().squeeze(1)
-        self.room[:, moved] = self.room[:, indices[moved]]
-        self.room = self.room[:, : len(indices)]
-        self.keys, self.values = self.room[..., :end, :].unbind(0)
+        for room in self.rooms:
+            room[moved] = room[indices[moved]]
+        self.rooms = [room[: len(indices)] for room in self.rooms]
+        self.keys, self.values = (room[..., :end, :] for room in self.rooms)
+
+
+def _larger(room: Tensor, filled: int, capacity: int) -> Tensor:
+    b, heads, _, width = room.shape
+    larger = room.new_empty(b, heads, capacity, width)
+    larger[..., :filled, :] = room[..., :filled, :]
+    return larger
 
 
 def growing_cache(config: PreTrainedConfig) -> DynamicCache:

@@ -2,31 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 
 import torch
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 from transformers import DynamicCache, PreTrainedModel
 
 from srppo import distributed
 from srppo.algo.optimum import extrapolate
+from srppo.algo.reward import UNBOUNDED, Bounds
 from srppo.errors import ModelError
 from srppo.models.batching import Sequences
 from srppo.models.memory import Budget
 from srppo.models.precision import Compute, computing
 from srppo.models.roles import Role
 from srppo.models.scoring import output_logits, trunk_states
+from srppo.models.sharding import needs_all
 from srppo.models.value_head import ValueHead
 from srppo.rollout.cache import growing_cache, without
-from srppo.rollout.sampler import Rollout
+from srppo.rollout.sampler import Rollout, Sampler
 
 Progress = Callable[[int], None]
 Stop = Callable[[Tensor], Tensor]
 """(b, t) response ids so far -> (b,) bool, on the same device: the rows that end here."""
 
 
-class HFSampler:
+class HFSampler(Sampler):
     """Samples from one model, or from two by extrapolation, token by token.
 
     Randomness is one uniform number per response and position, drawn before anything else, and
@@ -44,11 +47,13 @@ class HFSampler:
         max_tokens_per_batch: int | Budget = 65536,
         base: Role | PreTrainedModel | None = None,
         lam: float = 1.0,
+        bounds: Bounds = UNBOUNDED,
         critic: ValueHead | None = None,
         compute: Compute = "float32",
         stop: Stop | None = None,
     ) -> None:
-        """With `base`, samples base·(model/base)^lam per token (decode-time extrapolation).
+        """With `base`, samples base·(model/base)^lam per token (decode-time extrapolation), what
+        `extrapolate` makes of it with `bounds`.
 
         With `critic`, a head on this model's hidden states, rollouts carry its values. With `stop`,
         responses end where it says so, too.
@@ -60,7 +65,10 @@ class HFSampler:
         self.max_new_tokens = max_new_tokens
         self.budget = Budget.of(max_tokens_per_batch)
         self.lam = lam
+        self.bounds = bounds
         self.stop = stop
+        self.in_step = any(needs_all(role.model) for role in self.models)
+        """Whether all processes take part in every pass of any."""
 
     def sample(
         self,
@@ -96,6 +104,8 @@ class HFSampler:
                 rows = self.budget.fit(decode)
                 del order[-len(rows) :]
                 progress(len(rows))
+            while self.in_step and distributed.any_of(False):  # while others decode
+                self._take_part()
         ends = ended.long()
         distributed.add([ids, logprobs, units, lengths, ends])
         progress(N - len(mine))
@@ -113,10 +123,12 @@ class HFSampler:
     def _in_float32(self) -> bool:
         """Otherwise cached decoding and a pass over the whole response round differently, which
         the KL term would take for a difference of models. (On a CPU `computing` reduces training
-        alone.)"""
+        alone. 8-bit products round their inputs row by row.)"""
         role = self.models[-1]
-        as_weights = self.compute == "float32" or role.device.type == "cpu"
-        return as_weights and role.model.dtype == torch.float32
+        only_training = role.device.type == "cpu" and not isinstance(role.model, FSDPModule)
+        in_8_bit = getattr(role.model, "is_loaded_in_8bit", False)
+        as_weights = self.compute == "float32" or only_training
+        return as_weights and role.model.dtype == torch.float32 and not in_8_bit
 
     @torch.no_grad()
     def _decode(
@@ -134,6 +146,8 @@ class HFSampler:
         step_ids, attention_mask = pad_left(prompts, device)
         caches = [growing_cache(model.config) for model in self.models]
         for t in range(T):
+            if self.in_step:
+                distributed.any_of(True)
             hidden = self._hidden(step_ids, attention_mask, caches)
             distribution = self._distribution(hidden, temperature)
             chosen = _invert(distribution, uniforms[rows, t], greedy=temperature == 0)
@@ -166,8 +180,17 @@ class HFSampler:
                 )
         return ids.cpu(), logprobs.cpu(), units.cpu(), lengths.cpu(), ended.cpu()
 
+    @torch.no_grad()
+    def _take_part(self) -> None:
+        """A pass that says nothing."""
+        ids, attention_mask = pad_left([[0]], self.models[0].device)
+        self._hidden(ids, attention_mask, [None] * len(self.models))
+
     def _hidden(
-        self, ids: Tensor, attention_mask: Tensor | None, caches: list[DynamicCache]
+        self,
+        ids: Tensor,
+        attention_mask: Tensor | None,
+        caches: Sequence[DynamicCache | None],
     ) -> list[Tensor]:
         """For each model the (b, H) hidden states after the last of these tokens."""
         places = None
@@ -182,7 +205,7 @@ class HFSampler:
                     attention_mask=attention_mask,
                     position_ids=places,
                     past_key_values=cache,
-                    use_cache=True,
+                    use_cache=cache is not None,
                 )
             hidden.append(states[:, -1])
         return hidden
@@ -193,7 +216,9 @@ class HFSampler:
             output_logits(role.model, h).float()
             for role, h in zip(self.models, hidden, strict=True)
         ]
-        combined = logits[0] if len(logits) == 1 else extrapolate(logits[0], logits[1], self.lam)
+        combined = logits[0]
+        if len(logits) == 2:
+            combined = extrapolate(logits[0], logits[1], self.lam, self.bounds)
         if temperature not in (0, 1):
             combined = combined / temperature
         return torch.log_softmax(combined, dim=-1)

@@ -14,11 +14,12 @@ from torch import Tensor
 
 from srppo import distributed
 from srppo.algo.all_action import expected_gain, soft_rewards
-from srppo.algo.logprobs import token_logprobs
+from srppo.algo.logprobs import token_logprobs, token_margins
 from srppo.config import PPOConfig
 from srppo.models.batching import Batch, Sequences, microbatches
 from srppo.models.roles import Roles
 from srppo.models.scoring import chunks, hidden_states, output_logits, response_states
+from srppo.train.reward import bounds_of
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class FrozenStates:
     def soft_rewards(self, roles: Roles, batch: Batch, some: slice, config: PPOConfig) -> Tensor:
         """(n, V) nats, the reward of every token; see srppo.algo.all_action."""
         sft, base = self.logits(roles, batch, some)
-        return soft_rewards(sft, base, config.beta, config.kl_ref, config.token_clip)
+        return soft_rewards(sft, base, config.beta, config.kl_ref, bounds_of(config))
 
 
 def frozen_states(roles: Roles, y: Sequences, max_tokens: int) -> FrozenStates:
@@ -58,10 +59,10 @@ def frozen_states(roles: Roles, y: Sequences, max_tokens: int) -> FrozenStates:
 @torch.no_grad()
 def score_all_actions(
     roles: Roles, y: Sequences, frozen: FrozenStates, config: PPOConfig
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """log pi_theta, log pi_sft, log pi_base of the sampled tokens, and the `expected_gain` of each
-    state; (N, T) float32 nats on the CPU, zero at padding."""
-    policy, sft, base, gains = torch.zeros(4, *y.mask.shape)
+) -> list[Tensor]:
+    """Of the sampled tokens log pi_theta, log pi_sft, log pi_base and pi_sft's `token_margins`, and
+    of each state the `expected_gain`; (N, T) float32 nats on the CPU, zero at padding."""
+    every = list(torch.zeros(5, *y.mask.shape))
     rows = torch.arange(len(y))
     with roles.policy.active() as model:
         for batch in microbatches(y, rows, config.max_tokens_per_batch, roles.policy.device):
@@ -71,18 +72,19 @@ def score_all_actions(
                 ids, logits = batch.response_ids[some], output_logits(model, hidden[some])
                 sft_logits, base_logits = frozen.logits(roles, batch, some)
                 soft = soft_rewards(
-                    sft_logits, base_logits, config.beta, config.kl_ref, config.token_clip
+                    sft_logits, base_logits, config.beta, config.kl_ref, bounds_of(config)
                 )
                 parts.append(
                     torch.stack(
                         [
                             *(token_logprobs(x, ids) for x in (logits, sft_logits, base_logits)),
+                            token_margins(sft_logits, ids),
                             expected_gain(logits, soft, config.beta),
                         ]
                     )
                 )
             found = torch.cat(parts, dim=1)
-            for into, values in zip((policy, sft, base, gains), found, strict=True):
+            for into, values in zip(every, found, strict=True):
                 batch.put(into, values)
-    distributed.add([policy, sft, base, gains])
-    return policy, sft, base, gains
+    distributed.add(every)
+    return every

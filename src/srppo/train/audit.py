@@ -18,18 +18,27 @@ from transformers import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from srppo import distributed
+from srppo.algo.logprobs import token_logprobs
 from srppo.algo.optimum import extrapolated_nll
-from srppo.algo.reward import log_ratio_reward
+from srppo.algo.reward import token_log_ratios
 from srppo.config import PPOConfig
 from srppo.data.chat import Example
 from srppo.errors import ConfigError
 from srppo.models.batching import Sequences, microbatches
 from srppo.models.load import is_quantized
+from srppo.models.memory import is_out_of_memory
 from srppo.models.roles import Role
-from srppo.models.scoring import chunks, hidden_states, output_logits, score
+from srppo.models.scoring import (
+    chunks,
+    hidden_states,
+    output_logits,
+    score,
+    score_with_margins,
+)
 from srppo.progress import Reporter
 from srppo.rollout.hf import HFSampler
 from srppo.train.ppo import correlation
+from srppo.train.reward import bounds_of
 
 LAMBDAS = [0.0, 0.5, 1.0, 1.25, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0, 5.0, 6.0, 8.0, 11.0]
 SEPARATES = 0.6
@@ -38,6 +47,10 @@ ROUNDING_SAMPLE = 8
 """Demonstrations that are scored again in float32, with a copy of one model at a time."""
 ROUNDS_MUCH = 0.1
 """Rounding of more than this share of the reward's spread over SFT samples is worth a warning."""
+STANDS_OUT = 2.0
+"""Standard errors by which SFT samples earn more than demonstrations that are worth a warning."""
+FEW = 20
+"""Demonstrations; what fewer say is mostly chance."""
 DOMINATES = 0.5
 """One token with more than this share of the reward, or length with this share of its variance."""
 
@@ -57,6 +70,7 @@ def audit(
     budget = config.max_tokens_per_batch
     prompts = [e.prompt_ids for e in held_out]
     sets = {"demonstrations": Sequences.of(prompts, [e.response_ids for e in held_out])}
+    ended = {}
     with reporter.bar("audit: sampling", 2 * len(prompts), "responses") as advance:
         for k, (name, model) in enumerate({"sft": sft, "base": base}.items()):
             sampler = HFSampler(
@@ -65,12 +79,15 @@ def audit(
                 max_new_tokens=max_response_tokens,
                 max_tokens_per_batch=budget,
             )
-            sets[name] = sampler.sample(prompts, seed * 2 + k, progress=advance).sequences
+            rollout = sampler.sample(prompts, seed * 2 + k, progress=advance)
+            sets[name], ended[name] = rollout.sequences, rollout.ended
 
-    ratios = {n: score(sft, y, budget) - score(base, y, budget) for n, y in sets.items()}
-    rewards = {
-        n: log_ratio_reward(ratios[n], torch.zeros_like(ratios[n]), sets[n].mask) for n in sets
-    }
+    raw, ratios = {}, {}
+    for name, y in sets.items():
+        (of_sft, margins), of_base = score_with_margins(sft, y, budget), score(base, y, budget)
+        raw[name] = of_sft - of_base
+        ratios[name] = token_log_ratios(of_sft, of_base, y.mask, bounds_of(config), margins)
+    rewards = {name: r.sum(1) for name, r in ratios.items()}
     lengths = {n: y.lengths.float() for n, y in sets.items()}
     findings: dict[str, Any] = {
         "prompts": len(prompts),
@@ -79,10 +96,11 @@ def audit(
             "sft_vs_base_auc": auc(rewards["sft"], rewards["base"]),
             "demonstrations_vs_base_auc": auc(rewards["demonstrations"], rewards["base"]),
         },
+        "cut_off": _cut_off(rewards["sft"], ended["sft"]),
         "length_corr": {n: float(correlation(lengths[n], r)) for n, r in rewards.items()},
         "top_tokens": top_tokens(sets["sft"], ratios["sft"], tokenizer),
         "curve": lambda_curve(base, sft, sets["demonstrations"], config),
-        "rounding": rounding_error(base, sft, sets["demonstrations"], ratios["demonstrations"]),
+        "rounding": rounding_error(base, sft, sets["demonstrations"], raw["demonstrations"]),
     }
     findings["warnings"] = warnings_from(findings, config)
     return findings
@@ -91,12 +109,13 @@ def audit(
 def lambda_curve(
     base: Role | PreTrainedModel, sft: Role | PreTrainedModel, y: Sequences, config: PPOConfig
 ) -> dict[str, Any]:
-    """NLL of demonstrations, in nats a response, under base·(sft/base)^lambda per token."""
+    """NLL of demonstrations, in nats a response, under base·(sft/base)^lambda per token, or with
+    bounds on the reward under sft·exp((lambda - 1) rho)."""
     wanted = None
     if config.kl_coef != "auto":
         wanted = (1.0 if config.kl_ref == "sft" else 0.0) + 1.0 / config.beta
     lams = torch.tensor(sorted({*LAMBDAS, wanted or 1.0}))
-    total = torch.zeros(len(lams))
+    total, of_base = torch.zeros(len(lams)), torch.zeros(1)
     base, sft = Role.of(base), Role.of(sft)
     rows, budget = torch.arange(len(y)), config.max_tokens_per_batch
     with torch.no_grad(), base.active(), sft.active():
@@ -109,8 +128,10 @@ def lambda_curve(
                 base_logits = output_logits(base.model, base_hidden[some])
                 sft_logits = output_logits(sft.model, sft_hidden[some])
                 ids = batch.response_ids[some]
-                total += extrapolated_nll(base_logits, sft_logits, ids, lams).sum(1).cpu()
-    distributed.add([total])
+                nll = extrapolated_nll(base_logits, sft_logits, ids, lams, bounds_of(config))
+                total += nll.sum(1).cpu()
+                of_base -= token_logprobs(base_logits, ids).sum().cpu()
+    distributed.add([total, of_base])
     nll_of = dict(zip(lams.tolist(), (total / len(y)).tolist(), strict=True))
     star = min(nll_of, key=nll_of.__getitem__)
     recipe = wanted or star
@@ -121,7 +142,7 @@ def lambda_curve(
         "lam_star": star,
         "beta_star": beta_at(star, config.kl_ref),
         "lam_recipe": recipe,
-        "nll_base": nll_of[0.0],
+        "nll_base": float(of_base) / len(y),
         "nll_sft": nll_of[1.0],
         "nll_recipe": nll_of[nearest],
     }
@@ -156,8 +177,8 @@ def rounding_error(
     base: Role | PreTrainedModel, sft: Role | PreTrainedModel, y: Sequences, ratios: Tensor
 ) -> dict[str, float] | None:
     """How far rounding in the models' number format moves the reward: nats a response, over the
-    first few, against the same weights in float32. None: quantised weights have no such twin, and
-    that of sharded ones might not fit."""
+    first few, against the same weights in float32. None: quantised weights have no such twin, or
+    there is no memory for it."""
     models = [Role.of(sft), Role.of(base)]
     if any(is_quantized(m.model) or isinstance(m.model, FSDPModule) for m in models):
         return None
@@ -168,9 +189,23 @@ def rounding_error(
     exact = []
     for role in models:
         with role.active() as model:
-            exact.append(score(copy.deepcopy(model).float(), few, few.mask.numel()))
+            twin = _twin(model)
+            if twin is None:
+                return None
+            exact.append(score(twin, few, few.mask.numel()))
     errors = (ratios[:n] - (exact[0] - exact[1])).sum(1).abs()
     return {"mean": float(errors.mean()), "max": float(errors.max())}
+
+
+def _twin(model: PreTrainedModel) -> PreTrainedModel | None:
+    """The same in float32; None where it does not fit into the memory of every process."""
+    try:
+        twin = copy.deepcopy(model).float()
+    except (RuntimeError, MemoryError) as e:
+        if not is_out_of_memory(e):
+            raise
+        twin = None
+    return None if distributed.any_of(twin is None) else twin
 
 
 def top_tokens(
@@ -197,6 +232,12 @@ def top_tokens(
 def warnings_from(findings: dict[str, Any], config: PPOConfig) -> list[str]:
     """What a person should know before spending compute on stage 2."""
     curve, said = findings["curve"], []
+    if findings["prompts"] < FEW:
+        said.append(
+            f"{findings['prompts']} held-out demonstrations are too few: all that the audit says "
+            "is mostly chance. Raise data.held_out, or give more demonstrations: where all others "
+            "are trained on, a tenth is held out at most."
+        )
     auc_sft = findings["separation"]["sft_vs_base_auc"]
     auc_demos = findings["separation"]["demonstrations_vs_base_auc"]
     if max(auc_sft, auc_demos) < SEPARATES:
@@ -211,6 +252,22 @@ def warnings_from(findings: dict[str, Any], config: PPOConfig) -> list[str]:
             f"one token dominates the reward: {token['token']!r} carries {token['share']:.0%} of "
             "it. The policy would learn that token, not the task. Set ppo.token_clip, or look at "
             "the template."
+        )
+    sft, demos = findings["reward"]["sft"], findings["reward"]["demonstrations"]["mean"]
+    if sft["mean"] - demos > STANDS_OUT * sft["std"] / findings["prompts"] ** 0.5:
+        cut_off = _of_those_cut_off(findings["cut_off"], demos)
+        said.append(
+            f"the SFT model's own responses earn more than demonstrations: {sft['mean']:+.2f} "
+            f"against {demos:+.2f} nats. What earns most is not what was demonstrated, and PPO "
+            f"goes there{cut_off}. Look at them (srppo chat), or train SFT until it says what the "
+            "demonstrations say."
+        )
+    if findings["cut_off"]["share"] > DOMINATES:
+        said.append(
+            f"{findings['cut_off']['share']:.0%} of the SFT model's own responses are cut off at "
+            "data.max_response_tokens: it has hardly learnt to end, and where no response of a "
+            "step ends, stage 2 stops. Raise data.max_response_tokens, or train SFT for longer or "
+            "at a higher rate (sft.epochs, sft.learning_rate)."
         )
     corr = findings["length_corr"]["sft"]
     if corr**2 > DOMINATES:
@@ -230,9 +287,11 @@ def warnings_from(findings: dict[str, Any], config: PPOConfig) -> list[str]:
     if star <= 1.0:
         said.append(
             f"nothing is left to extrapolate: held-out demonstrations are likeliest at lambda="
-            f"{star:g}, that is at the SFT model itself or before it (it may be overfitted, or its "
-            "optimizer left noise). Stage 2 is not likely to help. Train SFT more gently: fewer "
-            "epochs, a lower sft.learning_rate, or sft.optimizer=sgd."
+            f"{star:g}, that is at the SFT model itself or before it: it may be overfitted, its "
+            "optimizer may have left noise, or it is still far from the demonstrations. Stage 2 is "
+            "not likely to help in domain. Where SFT's loss has levelled off, train it more gently "
+            "(fewer sft.epochs, a lower sft.learning_rate, sft.optimizer=sgd) or set "
+            "ppo.plausibility=0.1; where it still falls, train it for longer."
         )
     elif recipe > star and curve["nll_recipe"] > curve["nll_sft"] and _is_plain(config):
         said.append(
@@ -244,9 +303,29 @@ def warnings_from(findings: dict[str, Any], config: PPOConfig) -> list[str]:
     return said
 
 
+def _of_those_cut_off(cut_off: dict[str, float], demos: float) -> str:
+    """What they add to that, and the cure."""
+    excess = cut_off["reward"] - demos
+    if not cut_off["share"] or excess <= 0:
+        return ""
+    return (
+        f"; the {cut_off['share']:.0%} that are cut off earn {cut_off['reward']:+.2f}: set "
+        f"ppo.missing_eos_penalty to {excess:.3g} or more"
+    )
+
+
 def _is_plain(config: PPOConfig) -> bool:
-    """Whether lambda follows from kl_coef alone: not with a mean or clipped reward."""
-    return config.reward == "sum" and config.token_clip is None
+    """Whether lambda follows from kl_coef: not with a mean, nor from base with bounded tokens."""
+    return config.reward == "sum" and (config.kl_ref == "sft" or not config.is_bounded)
+
+
+def _cut_off(rewards: Tensor, ended: Tensor) -> dict[str, float]:
+    """Share and mean reward of responses without an end; a reward of 0 where there is none."""
+    without = rewards[~ended]
+    return {
+        "share": len(without) / len(rewards),
+        "reward": float(without.mean()) if len(without) else 0.0,
+    }
 
 
 def auc(above: Tensor, below: Tensor) -> float:

@@ -124,10 +124,11 @@ class RunDir:
     def _changes(self, wanted: dict[str, Any]) -> list[str]:
         """What is not as the run began: settings, contents of inputs, code; in words.
 
-        How often it is saved may change, and so may the code once everything is done.
+        How often it is saved and where a server is may change, and so may the code once everything
+        is done.
         """
         began = self.record.get("inputs", {})
-        old, new = ({**r["recipe"], "checkpoint": None} for r in (self.record, wanted))
+        old, new = (_lasting(r["recipe"]) for r in (self.record, wanted))
         old_code, new_code = ({key: r.get(key) for key in CODE} for r in (self.record, wanted))
         return [
             *_differences(old, new),
@@ -142,6 +143,12 @@ class RunDir:
     def save_record(self) -> None:
         """Write run.json."""
         self.write_json("run.json", self.record)
+
+    def require(self) -> None:
+        """Raises RunDirError if the directory was removed: what is done is to be read from it."""
+        if distributed.is_first():
+            with writing(self.path):
+                make_folder(self.path, self.path)
 
     def is_done(self, stage: str, **facts: Any) -> bool:
         """Whether the stage ran to its end, with these facts."""
@@ -242,6 +249,12 @@ def model_in(path: str) -> str:
             f"command that began it, or give {run / 'sft'} once that is there."
         )
     return str(run / "policy")
+
+
+def _lasting(recipe: dict[str, Any]) -> dict[str, Any]:
+    """The settings that stay as they were when a run goes on."""
+    rollout = recipe.get("rollout") or {}
+    return {**recipe, "checkpoint": None, "rollout": {**rollout, "url": None}}
 
 
 def _yaml(tree: dict[str, Any]) -> str:

@@ -34,7 +34,9 @@ def make_folder(folder: Path, run_dir: Path) -> None:
     """
     if not run_dir.is_dir():
         raise FileNotFoundError(errno.ENOENT, "the run directory was removed", str(run_dir))
-    folder.mkdir(parents=True, exist_ok=True)
+    inner = folder.relative_to(run_dir).parts
+    for i in range(len(inner)):  # not mkdir(parents=True): it may be removed at this very moment
+        run_dir.joinpath(*inner[: i + 1]).mkdir(exist_ok=True)
 
 
 def flush(path: Path, deep: bool = True) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 from torch import Tensor
 
@@ -13,12 +14,28 @@ ENOUGH = 16
 COLLAPSED = 1e-4
 """Nats a token: at so little entropy some ten thousand tokens are sampled before one is another
 than the likeliest."""
+DISAGREE = 0.5
+"""Nats a token, in the mean, between the log-probabilities of sampler and trainer: rounding makes
+a few hundredths at most, another model mostly more."""
 ALIKE = 1e-6
 """Share of the reward's size by which rounding lets equal rewards differ."""
 
 
-def ailment(numbers: dict[str, Tensor], rollout: Rollout, metrics: dict[str, float]) -> str | None:
-    """What is wrong with a step before its update, in words; None: nothing.
+@dataclass(frozen=True)
+class Ailment:
+    """What is wrong with a step, and what helps, both in words."""
+
+    reason: str
+    cure: str = (
+        "Lower the learning rate and go on with --allow-change, or look at the data and at both "
+        "models"
+    )
+
+
+def ailment(
+    numbers: dict[str, Tensor], rollout: Rollout, metrics: dict[str, float]
+) -> Ailment | None:
+    """What is wrong with a step before its update; None: nothing.
 
     Args:
         numbers: (N, T) each, by name; finite at response tokens.
@@ -27,21 +44,43 @@ def ailment(numbers: dict[str, Tensor], rollout: Rollout, metrics: dict[str, flo
     mask, ended = rollout.sequences.mask, rollout.ended
     for name, x in numbers.items():
         if bad := int((mask & ~x.isfinite()).sum()):
-            return f"{name} is not a finite number at {bad} of {int(mask.sum())} response tokens"
+            return Ailment(
+                f"{name} is not a finite number at {bad} of {int(mask.sum())} response tokens"
+            )
+    off = metrics.get("sampler_logprob_diff", 0.0)
+    if off > DISAGREE:
+        return Ailment(
+            f"sampler and trainer disagree by {off:.2g} nats a token: the responses are not this "
+            "policy's",
+            "docs/rollout.md says what to look at",
+        )
     if len(ended) < ENOUGH:
         return None
     if not ended.any():
-        return f"all {len(ended)} responses were cut off at {mask.shape[1]} tokens"
+        return Ailment(
+            f"all {len(ended)} responses were cut off at {mask.shape[1]} tokens",
+            "If the SFT model has not learnt to end (srppo chat shows it), train it for longer or "
+            "at a higher rate (sft.epochs, sft.learning_rate) or raise data.max_response_tokens, "
+            "in a new output_dir; if stage 2 has unlearnt it, set ppo.missing_eos_penalty",
+        )
     if metrics["entropy"] < COLLAPSED:
-        return f"the policy's entropy has collapsed to {metrics['entropy']:.1g} nats a token"
+        return Ailment(
+            f"the policy's entropy has collapsed to {metrics['entropy']:.1g} nats a token",
+            "Raise ppo.kl_coef or lower ppo.learning_rate and go on with --allow-change",
+        )
     if metrics["reward_std"] <= ALIKE * max(1.0, abs(metrics["reward"])):
-        return f"the reward of all {len(ended)} responses is {metrics['reward']:.4g} nats"
+        return Ailment(
+            f"the reward of all {len(ended)} responses is {metrics['reward']:.4g} nats",
+            "If SFT and base model are nearly one, train SFT for longer, in a new output_dir; if "
+            "all responses are one, raise ppo.kl_coef and go on with --allow-change",
+        )
     return None
 
 
-def not_finite(metrics: dict[str, float]) -> str | None:
-    """What is wrong with an update, in words: a gradient's norm that is no number."""
-    for name in ("grad_norm", "value_grad_norm"):
+def not_finite(metrics: dict[str, float]) -> Ailment | None:
+    """What is wrong with an update: a loss or a gradient's norm that is no number. (After such a
+    loss the policy rests, and there is no norm.)"""
+    for name in ("policy_loss", "value_loss", "grad_norm", "value_grad_norm"):
         if not math.isfinite(metrics.get(name, 0.0)):
-            return f"{name} is {metrics[name]} in a minibatch"
+            return Ailment(f"{name} is {metrics[name]} in a minibatch")
     return None

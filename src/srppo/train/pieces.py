@@ -52,7 +52,9 @@ def load_pieces(folder: Path) -> dict[str, Tensor]:
 def as_held(saved: Tensor, held: Tensor) -> Tensor:
     """A tensor in pieces or whole, as `held` is."""
     if isinstance(held, DTensor):
-        if isinstance(saved, DTensor):
+        if isinstance(saved, DTensor) and saved.device_mesh == held.device_mesh:
             return saved
+        if isinstance(saved, DTensor):  # read on a GPU, held on the CPU
+            saved = saved.full_tensor()
         return distribute_tensor(saved.to(held.device), held.device_mesh, held.placements)
     return saved.full_tensor() if isinstance(saved, DTensor) else saved

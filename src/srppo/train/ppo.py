@@ -12,15 +12,16 @@ from torch import Tensor
 
 from srppo.algo.advantage import gae, leave_one_out
 from srppo.algo.all_action import all_action_advantages
-from srppo.algo.kl import k1
+from srppo.algo.kl import k1, k3
 from srppo.algo.loss import explained_variance
 from srppo.algo.masking import masked_mean, masked_sum, whiten
+from srppo.algo.mismatch import importance_weights
 from srppo.algo.reward import last_token, token_log_ratios, token_rewards
 from srppo.config import PPOConfig
 from srppo.errors import ConfigError, DataError
 from srppo.models.memory import Budget
 from srppo.models.roles import Roles
-from srppo.models.scoring import score, score_with_values
+from srppo.models.scoring import score, score_with_margins, score_with_values
 from srppo.models.value_head import ValueHead
 from srppo.progress import Reporter
 from srppo.rollout.sampler import Rollout, Sampler
@@ -28,6 +29,7 @@ from srppo.train.all_action import FrozenStates, frozen_states, score_all_action
 from srppo.train.health import ailment, not_finite
 from srppo.train.metrics import MetricsLog
 from srppo.train.pace import Pace, Stopwatch
+from srppo.train.reward import bounds_of
 from srppo.train.state import Tree
 from srppo.train.steps import Keeper, Steps
 from srppo.train.update import Experience, Metrics, Optimizers, Trained, generator, update
@@ -48,6 +50,8 @@ class Scores:
     """log pi_base, nats."""
     value_units: Tensor | None = None
     """What the critic says, in its own units; None without a critic."""
+    margins: Tensor | None = None
+    """log pi_sft(y_t) - max_a log pi_sft(a), nats; None where the reward does not need them."""
     gains: Tensor | None = None
     """All-action: what each state earns in the mean over the policy's next token, nats."""
     frozen: FrozenStates | None = None
@@ -67,16 +71,19 @@ def train_ppo(
     evaluate_every: int | None = None,
     keeper: Keeper | None = None,
     budget: Budget | None = None,
+    importance_cap: float | None = None,
     title: str = "PPO",
 ) -> str | None:
     """Maximise E_x E_{y~pi_theta}[ r(x,y) - kl_coef log(pi_theta/pi_ref) ]; trains roles.policy.
 
     Args:
-        sampler: samples from `roles.policy` as it is at the time of the call.
+        sampler: samples from `roles.policy` as it was when its weights were last updated.
         prompts: token ids; drawn without replacement, shuffled anew when used up.
         evaluate: called after the last and after every `evaluate_every`-th step.
         keeper: of checkpoints; training goes on from the last one.
         budget: tokens per pass, where the sampler shares it; None: one of the recipe's.
+        importance_cap: bound of the weights that undo how the sampler's arithmetic differs from
+            the trainer's; None: no weights.
 
     Returns:
         Why training stopped early, or None.
@@ -105,18 +112,27 @@ def train_ppo(
             batch = [x for x in batch for _ in range(config.responses_per_prompt)]
 
             with watch("rollout"):
+                sampler.wake()
+                sampler.update_weights()
                 rollout = sampler.sample(batch, _seed(seed, "rollout", step))
+                sampler.sleep()
             with watch("scoring"):
                 scores = budget.fit(partial(score_rollout, roles, rollout, config))
                 rewards = rewards_of(rollout, scores, config)
                 values = values_under(roles.critic, rollout, scores, rewards, config)
                 advantages, returns = advantages_of(rewards, values, scores, rollout, config)
                 metrics = describe(rollout, scores, values, returns, config)
+                if importance_cap:
+                    weights = importance_weights(
+                        scores.policy, rollout.logprobs, rollout.sequences.mask, importance_cap
+                    )
+                    advantages = advantages * weights
+                    metrics |= describe_weights(weights, rollout, importance_cap)
 
             numbers = numbers_of(scores, rewards, advantages)
             skip = config.on_bad_numbers == "skip"
-            if reason := ailment(numbers, rollout, metrics):
-                place.bad(step, reason, batch_of(rollout, numbers), metrics, skip=skip)
+            if found := ailment(numbers, rollout, metrics):
+                place.bad(step, found, batch_of(rollout, numbers), metrics, skip=skip)
                 log.log(step, metrics)
                 place.complete(step, metrics)
                 advance(1)
@@ -148,8 +164,8 @@ def train_ppo(
                     move_policy=not warming_up,
                     budget=budget,
                 )
-            if reason := not_finite(metrics):
-                place.bad(step, reason, batch_of(rollout, numbers), metrics, skip=skip)
+            if found := not_finite(metrics):
+                place.bad(step, found, batch_of(rollout, numbers), metrics, skip=skip)
 
             if evaluate and (step == total or (evaluate_every and step % evaluate_every == 0)):
                 with watch("evaluation"):
@@ -185,12 +201,21 @@ def score_rollout(
     y, budget = rollout.sequences, config.max_tokens_per_batch
     if config.estimator == "all_action":
         frozen = frozen_states(roles, y, budget)
-        policy, sft, base, gains = score_all_actions(roles, y, frozen, config)
-        return Scores(policy, sft, base, gains=gains, frozen=frozen)
+        policy, sft, base, margins, gains = score_all_actions(roles, y, frozen, config)
+        return Scores(policy, sft, base, margins=margins, gains=gains, frozen=frozen)
     policy, units = rollout.logprobs, rollout.value_units
     if not rollout.exact or (roles.critic and units is None):
         policy, units = score_with_values(roles.policy, roles.critic, y, budget)
-    return Scores(policy, score(roles.sft, y, budget), score(roles.base, y, budget), units)
+    base = score(roles.base, y, budget)
+    if config.plausibility is None:
+        return Scores(policy, score(roles.sft, y, budget), base, units)
+    sft, margins = score_with_margins(roles.sft, y, budget)
+    return Scores(policy, sft, base, units, margins)
+
+
+def log_ratios_of(scores: Scores, mask: Tensor, config: PPOConfig) -> Tensor:
+    """(N, T) nats, each token's part of the reward."""
+    return token_log_ratios(scores.sft, scores.base, mask, bounds_of(config), scores.margins)
 
 
 def rewards_of(rollout: Rollout, scores: Scores, config: PPOConfig) -> Tensor:
@@ -199,7 +224,7 @@ def rewards_of(rollout: Rollout, scores: Scores, config: PPOConfig) -> Tensor:
     All-action: each token its own, and the penalty is left to `advantages_of`.
     """
     mask = rollout.sequences.mask
-    ratios = token_log_ratios(scores.sft, scores.base, mask, config.token_clip)
+    ratios = log_ratios_of(scores, mask, config)
     if config.reward == "mean":
         ratios = ratios / rollout.sequences.lengths[:, None]
     ref = scores.sft if config.kl_ref == "sft" else scores.base
@@ -258,7 +283,7 @@ def describe(
 ) -> Metrics:
     """The step's metrics that need no update; docs/metrics.md defines each."""
     y, mask = rollout.sequences, rollout.sequences.mask
-    reward = masked_sum(token_log_ratios(scores.sft, scores.base, mask, config.token_clip), mask, 1)
+    reward = masked_sum(log_ratios_of(scores, mask, config), mask, 1)
     if config.reward == "mean":
         reward = reward / y.lengths
     kl_sft = masked_sum(k1(scores.policy, scores.sft), mask, 1)
@@ -279,9 +304,27 @@ def describe(
     if config.token_clip is not None:
         bounded = (scores.sft - scores.base).abs() > config.token_clip
         metrics["saturated_fraction"] = masked_mean(bounded.float(), mask)
+    if config.plausibility is not None:
+        assert scores.margins is not None
+        below = scores.margins < math.log(config.plausibility)
+        metrics["implausible_fraction"] = masked_mean(below.float(), mask)
+    if not rollout.exact:
+        off = torch.where(mask, scores.policy - rollout.logprobs, 0.0).abs()
+        metrics["sampler_logprob_diff"] = masked_mean(off, mask)
+        metrics["sampler_logprob_max"] = off.max()
+        metrics["sampler_kl"] = masked_mean(k3(rollout.logprobs, scores.policy), mask)
     if config.estimator == "ppo":
         metrics["value_explained_variance"] = explained_variance(values, returns, mask)
     return {key: float(value) for key, value in metrics.items()}
+
+
+def describe_weights(weights: Tensor, rollout: Rollout, cap: float) -> Metrics:
+    """What the weights of `importance_cap` do; docs/metrics.md."""
+    mask = rollout.sequences.mask
+    return {
+        "importance_weight": float(masked_mean(weights, mask)),
+        "importance_capped": float(masked_mean((weights >= cap).float(), mask)),
+    }
 
 
 def numbers_of(scores: Scores, rewards: Tensor, advantages: Tensor) -> dict[str, Tensor]:

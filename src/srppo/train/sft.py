@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from torch.distributed.fsdp import FSDPModule
 from transformers import (
     PreTrainedModel,
     TrainerCallback,
@@ -33,9 +34,11 @@ from srppo.data.demonstrations import Example
 from srppo.errors import ConfigError
 from srppo.models.memory import Budget, activation_checkpointing
 from srppo.progress import Advance, Reporter
+from srppo.train.health import Ailment
 from srppo.train.metrics import MetricsLog
 from srppo.train.state import Tree, load_optimizer, load_tensors, optimizer_state
 from srppo.train.steps import Keeper, Steps
+from srppo.train.update import add_gradients, clip
 from srppo.train.weighted import WEIGHTS_OF, ImportanceWeighted, WithReference, reference_logprobs
 
 IGNORED = -100  # label of tokens without loss: the prompt
@@ -62,11 +65,14 @@ def train_sft(
     """
     micro, accumulation = batching(config, len(examples))
     steps = config.epochs * math.ceil(len(examples) / (micro * accumulation * distributed.size()))
-    trained = [p for p in model.parameters() if p.requires_grad]
     rows = [_row(e) for e in examples]
     if config.loss in WEIGHTS_OF:
         for row, logprobs in zip(rows, reference_logprobs(model, examples), strict=True):
             row["reference_logprobs"] = logprobs
+    if isinstance(model, FSDPModule):
+        model.reshard()  # what is trained are the pieces
+        vars(model)["_is_accelerate_prepared"] = True  # not to be wrapped for several once more
+    trained = [p for p in model.parameters() if p.requires_grad]
     model.train()
     with TemporaryDirectory() as scratch, warnings.catch_warnings():
         # TRL's own default of this setting already goes through its deprecated name.
@@ -101,6 +107,9 @@ def train_sft(
         )
         if arguments.n_gpu > 1:
             arguments._n_gpu = 1  # one process, one GPU; the trainer would split batches over all
+        if model.device.type == "cuda" and not distributed.is_joined():
+            torch.cuda.set_device(model.device)  # the trainer would take the first
+            vars(arguments)["_setup_devices"] = model.device
         # SFTTrainer prints each log line to stdout; ours go through the reporter.
         with contextlib.redirect_stdout(io.StringIO()):
             trainer = _Trainer(
@@ -114,7 +123,8 @@ def train_sft(
             )
             trainer.weights_of = WEIGHTS_OF.get(config.loss)
             for p in trained:
-                p.data = p.data.float()  # the trainer makes adapters on quantised weights bfloat16
+                if p.dtype != torch.float32:  # the trainer makes adapters on quantised weights so
+                    p.data = p.data.float()
             with (
                 Steps(keeper, trainer, log) as place,
                 reporter.bar(title, steps, "steps", place.done) as advance,
@@ -219,11 +229,27 @@ class _Trainer(ImportanceWeighted, SFTTrainer):
         ]
         return torch.stack(losses).sum()
 
+    def autocast_smart_context_manager(self, *args: Any) -> contextlib.AbstractContextManager[Any]:
+        """accelerate puts it around models that it prepares."""
+        ours = isinstance(self.model, FSDPModule)
+        return self.accelerator.autocast() if ours else super().autocast_smart_context_manager()
+
+    def _clip_grad_norm(self, model: PreTrainedModel) -> Any:
+        if not isinstance(model, FSDPModule):
+            return super()._clip_grad_norm(model)
+        weights = self._weights()
+        for p in weights:
+            if p.grad is not None:
+                p.grad /= distributed.size()  # the loss was multiplied, for means over processes
+        add_gradients(weights)
+        return float(clip(weights, self.args.max_grad_norm))
+
     def _get_grad_norm(self, model: PreTrainedModel, grad_norm: Any = None) -> Any:
         norm = super()._get_grad_norm(model, grad_norm)
         if not math.isfinite(norm):
             step = self.state.global_step + 1
-            self.place.bad(step, f"the norm of its gradient is {norm}", {"inputs": self.inputs}, {})
+            ailment = Ailment(f"the norm of its gradient is {norm}")
+            self.place.bad(step, ailment, {"inputs": self.inputs}, {})
         return norm
 
     def state_dict(self) -> Tree:
@@ -231,7 +257,9 @@ class _Trainer(ImportanceWeighted, SFTTrainer):
         return {
             "weights": self._weights(),
             "optimizer": optimizer_state(self.optimizer.optimizer),
-            "random": self.random,
+            "random": {
+                k: x if x is None else distributed.of_all(x) for k, x in self.random.items()
+            },
             "rows_per_pass": self.rows.size,
         }
 
@@ -266,9 +294,12 @@ class _Trainer(ImportanceWeighted, SFTTrainer):
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if self.before is None:
             return
-        random = self.before["random"]
+        place = distributed.rank()  # among more processes than before some draw alike
+        saved = {k: x for k, x in self.before["random"].items() if x is not None}
+        # torch reads a generator's state from the start of its storage: rows are copied.
+        random = {k: x[place % len(x)].clone() for k, x in saved.items()}
         torch.set_rng_state(random["cpu"])
-        if random["device"] is not None:
+        if "device" in random:
             torch.cuda.set_rng_state(random["device"], self.model.device)
 
 

@@ -18,6 +18,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from torch.optim import Optimizer
 from srppo import distributed
 from srppo.errors import RunDirError
 from srppo.train.files import flush, make_folder, writing
+from srppo.train.metrics import lines_up_to
 from srppo.train.pieces import as_held, load_pieces, save_pieces
 
 Tree = dict[str, Any]
@@ -79,37 +81,81 @@ class Checkpoints:
         self.keep = keep
         self.newest = distributed.from_first(lambda: self._find(say))
         """What to go on from; None: the stage begins."""
+        self.written = self.newest.step if self.newest else 0
+        """The last step that is on the disk."""
+        self._writer: ThreadPoolExecutor | None = None
+        self._pending: Future[None] | None = None
 
-    def save(self, step: int, tree: Tree, log: Path, more: dict[str, str] | None = None) -> None:
+    def save(
+        self,
+        step: int,
+        tree: Tree,
+        log: Path,
+        more: dict[str, str] | None = None,
+        *,
+        overlap: bool | None = False,
+    ) -> None:
         """Write the checkpoint of a step, then remove those that are too many.
 
         Args:
-            log: the metrics file, which holds the step by now.
+            log: the metrics file, which holds the step by now; lines of later ones are left out.
             more: further files by name.
+            overlap: write from a copy of the tensors in the CPU's memory, in a thread; None: where
+                they are on a GPU and have to be copied anyway. Several processes never do.
 
         Raises:
-            RunDirError: the file system refuses; the checkpoints from before are as they were.
+            RunDirError: the file system refuses, now or when the one before was written; the
+                checkpoints from before are as they were.
         """
-        target = self._of(step)
-        aside = target.with_name(target.name + ".part")
+        self.wait()
         tensors: dict[str, Tensor] = {}
         plain = json.dumps(_split(tree, "", tensors))
         pieces = {k: x for k, x in tensors.items() if isinstance(x, DTensor)}
-        whole = {k: x.cpu().contiguous() for k, x in tensors.items() if k not in pieces}
-        with writing(target):
+        if overlap is None:
+            overlap = any(x.device.type != "cpu" for x in tensors.values())
+        overlap = overlap and distributed.size() == 1
+        whole = {
+            k: x.to("cpu", copy=overlap).contiguous() for k, x in tensors.items() if k not in pieces
+        }
+        aside = self._aside(step)
+        with writing(self._of(step)):
             if distributed.is_first():
                 shutil.rmtree(aside, ignore_errors=True)  # of a crash
                 make_folder(aside / PIECES if pieces else aside, self.run_dir)
             if pieces:
                 distributed.any_of(False)  # the folder is there
                 save_pieces(pieces, aside / PIECES)
-            if not distributed.is_first():
-                return
+            texts = {STATE: plain, METRICS: lines_up_to(step, log), **(more or {})}
+        if not distributed.is_first():
+            self.written = step
+        elif overlap:
+            self._writer = self._writer or ThreadPoolExecutor(1, "checkpoint")
+            self._pending = self._writer.submit(self._write, step, whole, texts)
+        else:
+            self._write(step, whole, texts)
+
+    def wait(self) -> None:
+        """Until nothing is being written. Raises RunDirError if that failed."""
+        if self._writer is None:
+            return
+        self._writer.submit(int).result()  # it does one thing after the other
+        pending, self._pending = self._pending, None
+        if pending:
+            pending.result()
+
+    @property
+    def is_writing(self) -> bool:
+        """Whether a thread is. Raises RunDirError if it was, and failed."""
+        if self._pending and self._pending.done():
+            self.wait()
+        return self._pending is not None
+
+    def _write(self, step: int, whole: dict[str, Tensor], texts: dict[str, str]) -> None:
+        target, aside = self._of(step), self._aside(step)
+        with writing(target):
             try:
                 save_file(whole, aside / TENSORS)
-                (aside / STATE).write_text(plain, encoding="utf-8")
-                shutil.copyfile(log, aside / METRICS)
-                for name, text in (more or {}).items():
+                for name, text in texts.items():
                     (aside / name).write_text(text, encoding="utf-8")
                 (aside / MANIFEST).write_text(manifest(aside), encoding="utf-8")
                 flush(aside)
@@ -123,6 +169,7 @@ class Checkpoints:
             earlier = [other for other in there if other <= step]
             for other in earlier[: -self.keep] + [x for x in there if x > step]:
                 shutil.rmtree(self._of(other))  # one of a later step is damaged
+        self.written = step
 
     def save_bad(self, step: int, batch: Tree, facts: Tree) -> Path:
         """Something to look at, never loaded: bad/STAGE/step-000012.safetensors and .json; the
@@ -156,6 +203,9 @@ class Checkpoints:
 
     def _of(self, step: int) -> Path:
         return self.folder / f"step-{step:06d}"
+
+    def _aside(self, step: int) -> Path:
+        return self.folder / f"step-{step:06d}.part"
 
 
 def manifest(directory: Path) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import signal
 import time
 from collections.abc import Callable
@@ -11,8 +12,9 @@ from typing import Protocol
 
 from srppo import distributed, signals
 from srppo.config_checkpoint import CheckpointConfig
-from srppo.errors import TrainingError
+from srppo.errors import EngineError, TrainingError
 from srppo.progress import Reporter
+from srppo.train.health import Ailment
 from srppo.train.metrics import MetricsLog
 from srppo.train.state import Checkpoint, Checkpoints, Tree
 
@@ -84,7 +86,6 @@ class Steps:
         self.log = log
         self.done = 0
         """The last step that is complete."""
-        self._saved = 0
         self._best: float | None = None
         self._bad: list[int] = []
         self._updating = False
@@ -107,18 +108,19 @@ class Steps:
         if not self.keeper:
             return
         stop = distributed.any_of(signals.came())
+        writing = self.keeper.checkpoints.is_writing
         self._keep_best(metrics)
-        if stop or distributed.from_first(lambda: self._is_time(step)):
-            self._save()
-        signals.release()
+        if stop or distributed.from_first(lambda: self._is_time(step, writing)):
+            self._save(overlap=False if stop else self.keeper.settings.overlap)
+        if stop or distributed.size() == 1:
+            signals.release()
         if stop:  # the signal reached another process only, so far
             raise signals.Interrupted(signal.SIGTERM)
-        self._begin()
 
     def bad(
         self,
         step: int,
-        reason: str,
+        ailment: Ailment,
         batch: Tree,
         facts: Tree,
         *,
@@ -131,28 +133,24 @@ class Steps:
             TrainingError: the checkpoints are as they were.
         """
         self._bad = [*self._bad, step] if step - 1 in self._bad else [step]
-        what = f"step {step}: {reason}"
+        what = f"step {step}: {ailment.reason}"
         if self.keeper:
-            facts = {"step": step, "reason": reason, **facts}
+            facts = {"step": step, "reason": ailment.reason, **facts}
             what += f"; {self.keeper.checkpoints.save_bad(step, batch, facts)} holds its batch"
         if not skip or len(self._bad) >= PATIENCE:
             raise TrainingError(
-                f"{what}. Nothing can be learnt from it{', nor from those before' * skip}. Lower "
-                "the learning rate and go on with --allow-change, or look at the data and at both "
-                "models; ppo.on_bad_numbers=skip leaves single steps of stage 2 out."
+                f"{what}. Nothing can be learnt from it{', nor from those before' * skip}. "
+                f"{ailment.cure}. ppo.on_bad_numbers=skip leaves single steps of stage 2 out."
             )
         if self.keeper:
             self.keeper.reporter.line(f"{what}. Left out.")
 
     def __enter__(self) -> Steps:
-        self._begin()
-        return self
-
-    def _begin(self) -> None:
-        """Of several processes none may leave a step that the others are in: a signal waits from
-        its beginning."""
+        # Of several processes none may leave before all have agreed to: a signal waits for that,
+        # as long as the launcher does.
         if self.keeper and distributed.size() > 1:
-            signals.hold(self.keeper.settings.grace)
+            signals.hold(distributed.ENDING.total_seconds())
+        return self
 
     def __exit__(
         self,
@@ -160,41 +158,46 @@ class Steps:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        if not self.keeper:
+            return
+        interrupted = isinstance(error, signals.Interrupted | KeyboardInterrupt | EngineError)
+        finished = error is None and self.keeper.settings.keep_finished
+        if interrupted or finished:
+            signals.caught()
+        checkpoints = self.keeper.checkpoints
+        checkpoints.wait()
+        together = finished or (interrupted and distributed.size() == 1)
+        if self.done > checkpoints.written and not self._updating and together:
+            self._save()
+        if interrupted and checkpoints.written:
+            self.keeper.reporter.line(
+                f"kept at step {checkpoints.written}: the same command goes on from there"
+            )
         if error is None and distributed.size() > 1:
             signals.release()
-        interrupted = isinstance(error, signals.Interrupted | KeyboardInterrupt)
-        finished = error is None and self.keeper and self.keeper.settings.keep_finished
-        if not self.keeper or not (interrupted or finished):
-            return
-        signals.caught()
-        together = finished or distributed.size() == 1
-        if self.done > self._saved and not self._updating and together:
-            self._save()
-        if interrupted and self._saved:
-            self.keeper.reporter.line(
-                f"kept at step {self._saved}: the same command goes on from there"
-            )
 
-    def _save(self) -> None:
+    def _save(self, overlap: bool | None = False) -> None:
         assert self.keeper
         started = time.monotonic()
         tree = {"best": self._best, "bad": self._bad, "trained": self.trained.state_dict()}
-        self.log.flush()
-        self.keeper.checkpoints.save(self.done, tree, self.log.path, self.more())
+        path, more = self.log.path, self.more()
+        self.keeper.checkpoints.save(self.done, tree, path, more, overlap=overlap)
         distributed.any_of(False)  # none leaves before it is written
-        self._saved, self._last_save = self.done, time.monotonic()
+        self._last_save = time.monotonic()
         self._cost = self._last_save - started
 
-    def _is_time(self, step: int) -> bool:
+    def _is_time(self, step: int, writing: bool) -> bool:
         assert self.keeper
         if self.keeper.settings.every:
             return step % self.keeper.settings.every == 0
-        return self._cost is None or time.monotonic() - self._last_save > self._cost / SHARE
+        if self._cost is None:
+            return True
+        return not writing and time.monotonic() - self._last_save > self._cost / SHARE
 
     def _keep_best(self, metrics: dict[str, float]) -> None:
         assert self.keeper
         value = metrics.get(self.keeper.settings.keep_best or "")
-        if value is None or not self.keeper.save_best:
+        if value is None or not math.isfinite(value) or not self.keeper.save_best:
             return
         if self._best is None or value > self._best:
             self.keeper.save_best()
@@ -205,5 +208,5 @@ class Steps:
         tree = checkpoint.read()
         self.trained.load_state_dict(tree["trained"])
         self._best, self._bad = tree["best"], tree["bad"]
-        self.done = self._saved = checkpoint.step
+        self.done = checkpoint.step
         self.keeper.reporter.line(f"going on after step {self.done}, from {checkpoint.path}")

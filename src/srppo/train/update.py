@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grad_norm_
-from torch.optim import AdamW
+from torch.optim import AdamW, Optimizer
 from transformers import PreTrainedModel
 
 from srppo import distributed
@@ -83,31 +84,41 @@ class Optimizers:
         norms = {}
         self.add_up()
         if move_policy:
-            norms["grad_norm"] = self._step(self.policy)
+            norms["grad_norm"] = clipped_step(self.policy, self.max_grad_norm)
         if self.critic:
-            norms["value_grad_norm"] = self._step(self.critic)
+            norms["value_grad_norm"] = clipped_step(self.critic, self.max_grad_norm)
         self.policy.zero_grad(set_to_none=True)
         return norms
 
     def add_up(self) -> None:
-        """Sum the gradients over all processes; those of sharded weights have been, on their way
-        back."""
-        weights = (p for o in self.all for p in o.param_groups[0]["params"])
-        grads = (p.grad for p in weights if p.grad is not None)
-        distributed.add(g for g in grads if not isinstance(g, DTensor))
+        """Sum the gradients over all processes."""
+        add_gradients(p for o in self.all for p in o.param_groups[0]["params"])
 
     def clear(self) -> None:
         """Forget all gradients."""
         for optimizer in self.all:
             optimizer.zero_grad(set_to_none=True)
 
-    def _step(self, optimizer: AdamW) -> float:
-        norm = clip_grad_norm_(optimizer.param_groups[0]["params"], self.max_grad_norm)
-        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-        if norm.isfinite():  # one bad minibatch must not end in weights that are not numbers
-            optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        return float(norm)
+
+def add_gradients(weights: Iterable[nn.Parameter]) -> None:
+    """Sum them over all processes; those of sharded weights have been, on their way back."""
+    grads = (p.grad for p in weights if p.grad is not None)
+    distributed.add(g for g in grads if not isinstance(g, DTensor))
+
+
+def clip(weights: Iterable[nn.Parameter], max_grad_norm: float) -> Tensor:
+    """Scale the gradients down to that norm; the norm from before."""
+    norm = clip_grad_norm_(weights, max_grad_norm)
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+
+def clipped_step(optimizer: Optimizer, max_grad_norm: float) -> float:
+    """Clip, step, clear; the norm before clipping. Where that is no number, there is no step."""
+    norm = clip(optimizer.param_groups[0]["params"], max_grad_norm)
+    if norm.isfinite():  # one bad minibatch must not end in weights that are not numbers
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return float(norm)
 
 
 @dataclass(frozen=True)
@@ -219,10 +230,12 @@ def accumulate(
     policy_loss, value_loss, padded = sums.tolist()
     metrics = {"value_loss": value_loss} if critic else {}
     if policy_too:
-        sampled = experience.rollout.logprobs[rows]
+        metrics["padding"] = 1 - sum(input_lengths(y, rows)) / padded
+        if experience.rollout.exact:  # otherwise `describe` has compared the two
+            sampled = experience.rollout.logprobs[rows]
+            off = masked_mean((new[rows] - sampled).abs(), mask)
+            metrics["sampler_logprob_diff"] = float(off)
         metrics |= {
-            "padding": 1 - sum(input_lengths(y, rows)) / padded,
-            "sampler_logprob_diff": float(masked_mean((new[rows] - sampled).abs(), mask)),
             "policy_loss": policy_loss,
             "clip_fraction": float(clip_fraction(new[rows], old, mask, config.clip)),
             "update_kl": float(masked_mean(k3(old, new[rows]), mask)),
