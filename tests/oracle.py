@@ -22,8 +22,7 @@ from srppo.train.metrics import MetricsLog
 from srppo.train.ppo import train_ppo
 
 SAFE = {"update_kl_limit": 0.01}
-"""Without, PPO and RLOO lose a response of the optimum for good in a third of all seeds
-(docs/LOG.md)."""
+"""Without, PPO and RLOO lose a response of the optimum for good in some seeds (docs/LOG.md)."""
 CRITIC = {**SAFE, "value_learning_rate": 3e-3}
 VARIANTS = {
     "all-action": {"estimator": "all_action"},
