@@ -1,6 +1,7 @@
 """The packaged base model and its regeneration."""
 
 import json
+from unittest import mock
 
 import pytest
 import torch
@@ -92,6 +93,30 @@ def test_the_command_writes_a_model_with_its_manifest(tmp_path, monkeypatch, cap
     assert manifest["sha256"] == pretrain.weights_sha256(load_file(out / "model.safetensors"))
     assert manifest["sha256"] == pretrain.weights_sha256(pretrain.pretrain(5, 2).model.state_dict())
     assert manifest["sha256"] != pretrain.weights_sha256(pretrain.pretrain(6, 2).model.state_dict())
+
+
+def test_a_pretraining_that_was_cut_off_leaves_nothing_that_looks_like_a_model(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr("sys.argv", ["pretrain", "--out", str(tmp_path / "base"), "--steps", "1"])
+    with monkeypatch.context() as while_training, pytest.raises(KeyboardInterrupt):
+        while_training.setattr(pretrain, "pretrain", mock.Mock(side_effect=KeyboardInterrupt))
+        pretrain.main()
+    assert not (tmp_path / "base").exists()
+    with monkeypatch.context() as while_saving, pytest.raises(KeyboardInterrupt):
+        while_saving.setattr(pretrain, "build_tokenizer", mock.Mock(side_effect=KeyboardInterrupt))
+        pretrain.main()
+    assert not (tmp_path / "base").exists()
+    pretrain.main()
+    assert pretrain.read_manifest(tmp_path / "base")["steps"] == 1
+
+
+def test_a_model_that_is_there_is_not_overwritten(tmp_path, monkeypatch, capsys):
+    (tmp_path / "config.json").write_text("{}")
+    monkeypatch.setattr("sys.argv", ["pretrain", "--out", str(tmp_path), "--steps", "1"])
+    with pytest.raises(SystemExit):
+        pretrain.main()
+    assert f"{tmp_path} is not empty" in capsys.readouterr().err
 
 
 def retrained(loss_change: float = 0.0, weight_change: float = 0.0) -> pretrain.Pretrained:

@@ -90,9 +90,10 @@ def pretrain(seed: int = 0, steps: int = STEPS, stop_after: int | None = None) -
 
 
 def save(trained: Pretrained, out: Path, seed: int, steps: int) -> dict[str, Any]:
-    """Write model, tokenizer and manifest.json; returns the manifest."""
-    trained.model.save_pretrained(out)
-    build_tokenizer().save_pretrained(out)
+    """Write model, tokenizer and manifest.json, whole or not at all; returns the manifest."""
+    aside = out.with_name(f"{out.name}.part")
+    trained.model.save_pretrained(aside)
+    build_tokenizer().save_pretrained(aside)
     manifest = {
         "seed": seed,
         "steps": steps,
@@ -101,7 +102,8 @@ def save(trained: Pretrained, out: Path, seed: int, steps: int) -> dict[str, Any
         "sha256": weights_sha256(trained.model.state_dict()),
         "loss": round(trained.loss, 4),
     }
-    (out / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
+    (aside / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
+    aside.replace(out)
     return manifest
 
 
@@ -167,7 +169,9 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.check:
         raise SystemExit(0 if check() else 1)
-    arguments.out.mkdir(parents=True, exist_ok=True)
+    if arguments.out.is_dir() and any(arguments.out.iterdir()):
+        parser.error(f"{arguments.out} is not empty, and would be overwritten. Give another --out.")
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
     manifest = save(
         pretrain(arguments.seed, arguments.steps), arguments.out, arguments.seed, arguments.steps
     )
