@@ -123,6 +123,8 @@ def test_base_models_that_are_not_there_are_pretrained_first(tmp_path):
         "--out",
         str(tmp_path / "base-2"),
     ]
+    other = load(tmp_path, "model.base=another", base=str(tmp_path / "base-{seed}"))
+    assert other.bases(other.points([], [])) == {}
 
 
 @pytest.mark.parametrize(

@@ -108,8 +108,9 @@ class Study:
         """What pretrains the base models that are not there."""
         if self.config.base is None:
             return {}
-        seeds = dict.fromkeys(point.recipe.seed for point in points if not point.finished)
-        missing = {seed: self._base(seed) for seed in seeds if not Path(self._base(seed)).is_dir()}
+        recipes = [point.recipe for point in points if not point.finished]
+        wanted = {r.seed: self._base(r.seed) for r in recipes if r.model.base == self._base(r.seed)}
+        missing = {seed: path for seed, path in wanted.items() if not Path(path).is_dir()}
         command = [sys.executable, "-m", "srppo.miniature.pretrain"]
         return {
             f"base model {path}": [*command, "--seed", str(seed), "--out", path]
