@@ -240,7 +240,7 @@ def test_a_source_of_a_mixture_that_gives_nothing_is_named(
     """Else the run would train on another mixture than the one asked for."""
     good = str(Path(write([row("user: a / assistant: b")] * 2)).rename(tmp_path / "good.jsonl"))
     bad = write(rows)
-    mixture = [SourceConfig(source=good, weight=1), SourceConfig(source=bad, weight=3)]
+    mixture = [SourceConfig(source=good, weight=1), SourceConfig(source=bad, weight=1)]
     with pytest.raises(DataError, match=message) as caught:
         demonstrations(mixture, plain_tokenizer, **LIMITS, max_response_tokens=50)
     assert str(caught.value).startswith(bad)
