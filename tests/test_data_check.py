@@ -47,6 +47,15 @@ def test_counts_reasons_lines_lengths_and_examples(source: Path, tmp_path: Path)
     assert list(places.values()) == ["duplicate"]
 
 
+def test_what_data_say_does_not_steer_the_terminal(tmp_path: Path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"prompt": "\x1b[2J\x07 \x9b1m[/x]", "response": "r\x1b]0;t\x07"}))
+    done = srppo_command("data", "check", path)
+    assert done.code == 0, done.err
+    assert "␛[2J␇ \N{REPLACEMENT CHARACTER}1m[/x]" in done.out
+    assert not {"\x1b", "\x07", "\x9b"} & set(done.out)
+
+
 def test_without_a_model_lengths_are_bytes(source: Path):
     done = srppo_command("data", "check", source, "--max-prompt-tokens", "1")
     assert done.code == 0, done.err

@@ -6,6 +6,7 @@ import io
 
 import pytest
 from rich.console import Console
+from rich.table import Table
 
 from srppo import progress
 from srppo.progress import Reporter
@@ -28,6 +29,20 @@ def test_lines_go_to_stderr_as_they_are(capsys):
     captured = capsys.readouterr()
     assert captured.out == ""
     assert captured.err == "[bold]runs/[x] " + "long " * 60 + "\n"
+
+
+def test_what_users_name_is_printed_as_it_is(capsys):
+    """In tables and bars, too: rich would take [/x] for markup and :x: for an emoji."""
+    table = Table("[/head]")
+    table.add_row("[/x] :smile:")
+    progress.stdout().print(table, "runs/[/x]", "[bold]")
+    out = capsys.readouterr().out
+    assert all(words in out for words in ("[/head]", "[/x] :smile:", "runs/[/x]", "[bold]"))
+    reporter = Reporter()
+    reporter.console = progress.console(file=io.StringIO(), force_terminal=True)
+    with reporter.bar("[/x]", 3, "steps") as advance:
+        advance(1)
+    assert "[/x]" in reporter.console.file.getvalue()
 
 
 def test_a_quiet_reporter_says_nothing(capsys):

@@ -6,6 +6,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
+from srppo.config_data import ColumnMap
 from srppo.validation import NonNegative, NonNegativeFloat, Positive, Section
 
 
@@ -53,6 +54,8 @@ class EvalConfig(Section):
     """Source of evaluation rows; null: the held-out demonstrations."""
     split: str = "test"
     """Split of that source."""
+    columns: ColumnMap | None = None
+    """Known name: that source's own column; null: `data.columns`; {}: recognised."""
     limit: Positive | None = None
     """Rows used; null: all."""
     scorer: str | None = None

@@ -18,7 +18,7 @@ from srppo.data.reporting import Report, sorted_places
 from srppo.data.sources import open_source
 from srppo.errors import ConfigError, RunDirError
 from srppo.models.load import has_tokenizer, load_tokenizer
-from srppo.progress import stdout
+from srppo.progress import VISIBLE, stdout
 
 
 def check(
@@ -115,8 +115,8 @@ def _column(pair: str) -> tuple[str, str]:
 
 
 def _say(text: str) -> None:
-    """On stdout; in a terminal, what is trained on in green."""
-    styled = Text(text)
+    """On stdout, control characters made visible; in a terminal, what is trained on in green."""
+    styled = Text(text.translate(VISIBLE))
     styled.highlight_regex(rf"(?s){OPEN}.*?{CLOSE}", "green")
     stdout().print(styled, soft_wrap=True)
 

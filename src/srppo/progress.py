@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from rich.console import Console
 from rich.progress import (
@@ -21,6 +22,12 @@ from rich.progress import (
 from rich.text import Text
 
 Advance = Callable[[int], None]
+VISIBLE = (
+    {i: chr(0x2400 + i) for i in range(32) if chr(i) not in "\n\t"}
+    | {0x7F: "␡"}
+    | dict.fromkeys([*range(0x80, 0xA0), *range(0xD800, 0xE000)], "\N{REPLACEMENT CHARACTER}")
+)
+"""For `str.translate`: what a model says, or data, must not steer the terminal."""
 
 
 class _Rate(ProgressColumn):
@@ -34,12 +41,12 @@ class Reporter:
     """Bars and lines on stderr. `quiet` says nothing at all."""
 
     def __init__(self, quiet: bool = False) -> None:
-        self.console = Console(stderr=True, highlight=False, quiet=quiet, soft_wrap=True)
+        self.console = console(stderr=True, quiet=quiet, soft_wrap=True)
         self._live: Progress | None = None
 
     def line(self, text: str) -> None:
         """One line, above any running bar."""
-        self.console.print(text, markup=False)
+        self.console.print(text)
 
     @contextmanager
     def bar(self, name: str, total: int, unit: str, done: int = 0) -> Iterator[Advance]:
@@ -53,10 +60,10 @@ class Reporter:
             return
         outer = self._live
         live = outer or Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=28),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[unit]}"),
+            TextColumn("{task.fields[unit]}", markup=False),
             _Rate(),
             TimeElapsedColumn(),
             TextColumn("left"),
@@ -96,7 +103,12 @@ class Reporter:
         return advance
 
 
+def console(**options: Any) -> Console:
+    """One that prints paths, names and groups as they are: [x] is no markup, :x: no emoji."""
+    return Console(markup=False, emoji=False, highlight=False, **options)
+
+
 def stdout() -> Console:
     """Where results go; wide enough for a table when it is a file or a pipe."""
-    console = Console(file=sys.stdout, highlight=False)
-    return console if console.is_terminal else Console(file=sys.stdout, highlight=False, width=120)
+    found = console(file=sys.stdout)
+    return found if found.is_terminal else console(file=sys.stdout, width=120)

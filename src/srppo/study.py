@@ -206,7 +206,7 @@ def reproduce(study: Study, points: list[Point], jobs: int, console: Console) ->
         if point.finished
     ]
     if results:
-        console.print(write_study(study.name, results, study.out), markup=False)
+        console.print(write_study(study.name, results, study.out))
         console.print(f"Tables and figure: {study.out}/table.md, .csv, .json, .svg")
     show_failed(failed, console)
     return not failed

@@ -133,7 +133,7 @@ def run_commands(commands: dict[str, list[str]], jobs: int, **environment: str) 
 def show_failed(failed: dict[str, str], console: Console) -> None:
     """Which, why and what to do."""
     for name, reason in failed.items():
-        console.print(f"FAILED {name}: {reason}", style="bold", markup=False)
+        console.print(f"FAILED {name}: {reason}", style="bold")
     if failed:
         console.print("The same command again goes on with those that failed.")
 

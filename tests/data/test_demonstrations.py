@@ -7,6 +7,7 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from loading import demonstrations, prompts
+from srppo.config_data import SourceConfig
 from srppo.errors import DataError, ModelError
 
 Write = Callable[[list[Any]], str]
@@ -219,6 +220,33 @@ def test_nothing_left_names_source_counts_and_cure(
         demonstrations(source, plain_tokenizer, **LIMITS, max_response_tokens=50)
     for word in [source, *words]:
         assert word in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([{"prompt": "q"}, "x"], r"1 x not an object \(rows \S+:2\).*leave it out"),
+        (["x"], r"no readable rows.*leave it out"),
+        ([], r"no readable rows.*leave it out"),
+    ],
+)
+def test_a_source_of_a_mixture_that_gives_nothing_is_named(
+    plain_tokenizer: PreTrainedTokenizerFast,
+    write: Write,
+    tmp_path: Path,
+    rows: list[Any],
+    message: str,
+):
+    """Else the run would train on another mixture than the one asked for."""
+    good = str(Path(write([row("user: a / assistant: b")] * 2)).rename(tmp_path / "good.jsonl"))
+    bad = write(rows)
+    mixture = [SourceConfig(source=good, weight=1), SourceConfig(source=bad, weight=1)]
+    with pytest.raises(DataError, match=message) as caught:
+        demonstrations(mixture, plain_tokenizer, **LIMITS, max_response_tokens=50)
+    assert str(caught.value).startswith(bad)
+    mixture[1] = SourceConfig(source=write([row("user: c / assistant: d")]), weight=1)
+    _, report = demonstrations(mixture, plain_tokenizer, **LIMITS, max_response_tokens=50)
+    assert report.used_of == {good: 1, bad: 1}
 
 
 def test_limits_below_one_are_refused(plain_tokenizer: PreTrainedTokenizerFast, write: Write):

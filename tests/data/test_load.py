@@ -3,6 +3,7 @@
 import json
 import tracemalloc
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -100,6 +101,19 @@ def test_prompts_of_another_set_and_contamination(
     said = describe_overlap(overlap)
     assert "evaluation: of 4 prompts, 1 are among the demonstrations exactly, 2 by" in said
     assert "evaluation: of 4 prompts, 1 are among the prompts of stage 2 exactly, 3 by" in said
+
+
+def test_the_map_of_the_columns_holds_for_the_evaluation_unless_it_has_its_own(
+    read: Callable[..., Data], write: Write, tmp_path: Path
+):
+    ours = str(
+        Path(write([{"Q": f"q{i}", "A": "a"} for i in range(10)])).rename(tmp_path / "o.jsonl")
+    )
+    data = {"demonstrations": ours, "columns": {"prompt": "Q", "response": "A"}}
+    source = write([{"Q": "Q?", "A": "a", "prompt": "no"}])
+    for columns, asked in ((None, "Q?"), ({"prompt": "prompt"}, "no"), ({}, "no")):
+        found = read(data, eval={"prompts": source, "columns": columns})
+        assert [prompt.user for prompt in found.eval_prompts] == [asked]
 
 
 def test_nothing_is_said_of_an_evaluation_that_there_is_not(

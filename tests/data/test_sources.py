@@ -113,12 +113,25 @@ def test_a_csv_keeps_text_and_names_the_lines_of_bad_rows(tmp_path: Path):
     assert list(source.unreadable()) == [(5, "more cells than columns"), (7, "not UTF-8")]
 
 
+def test_quotes_of_a_csv_within_cells_and_around_the_first_name(tmp_path: Path):
+    path = tmp_path / "a.csv"
+    path.write_bytes(b'\xef\xbb\xbf"question, or so",answer\n5" nails,"a ""word"""\n')
+    assert read(str(path)) == [{"question, or so": '5" nails', "answer": 'a "word"'}]
+
+
 @pytest.mark.parametrize(
     ("name", "content", "cure"),
     [
         ("a.json", b"[{]", "save one object per line"),
         ("a.csv", b"\xff\xfea\x00,\x00b\x00\n", "Save it as UTF-8"),
         ("a.csv", b"a,b\nc\rd,e\n", r"from line 2 on .*Mend that line"),
+        ("a.csv", b'a,b\n1,2\n3,"open\n5,6\n', r"from line 3 on .*must close it"),
+        ("a.csv", b'a,b\n1,2\n3,"open\n5,"x"\n7,8\n', r"from line 3 on .*must close it"),
+        ("a.jsonl", b'[\n{"a": 1},\n{"a": 2}\n]\n', r"line 1 is not a whole .*name it \.json"),
+        ("a.jsonl", b'\n[{"a": 1},\n{"a": 2}]\n', r"line 2 is not a whole .*name it \.json"),
+        ("a.jsonl", b'{"data": [\n{"a": 1}\n]}\n', "write each row on a line of its own"),
+        ("a.json", b'{"data": [\n{"a": 1}\n]}\n', "write each row on a line of its own"),
+        ("a.jsonl", b'{"a": 1},\n{"a": 2}\n', "write each row on a line of its own"),
         ("a.parquet", b"not parquet at all", "Write it anew"),
         ("a.arrow", b"not arrow at all", "Write it anew"),
         ("a.jsonl.gz", b"", "Save it as one of"),

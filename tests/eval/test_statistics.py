@@ -63,6 +63,7 @@ def test_a_proportion_has_wilsons_interval(bits):
 
 @given(SCORES)
 def test_a_mean_has_students_interval(values):
+    assume(np.ptp(values) > 0)
     found, oracle = statistics.mean(values), DescrStatsW(values)
     assert found.value == pytest.approx(oracle.mean)
     assert found.stderr == pytest.approx(stats.sem(values))
@@ -114,6 +115,17 @@ def test_one_question_has_no_error():
     ):
         assert (found.value, found.p, found.gained) == (1, 1, 1)
         assert all(map(math.isnan, (found.stderr, found.low, found.high)))
+
+
+@pytest.mark.parametrize("n", [2, 3, 5, 500])
+@pytest.mark.parametrize("value", [0, 0.3, 1])
+def test_scores_that_are_all_alike_are_not_certain(n, value):
+    """A share of 3/n is missed by n questions with probability exp(-3), about 5%."""
+    assert (1 - min(1, 3 / n)) ** n < 0.05
+    for found in (statistics.mean([value] * n), statistics.clustered([[value] * 3] * n)):
+        assert (found.value, found.stderr) == (pytest.approx(value), 0)
+        others = [(1 - min(1, 3 / n)) * value + min(1, 3 / n) * other for other in (0, 1)]
+        assert (found.low, found.high) == pytest.approx(others)
 
 
 # --- two models -----------------------------------------------------------------------------------
@@ -212,12 +224,36 @@ def assert_flipped(one: Difference, other: Difference) -> None:
 @pytest.mark.parametrize("test", PAIRED)
 @given(values=BITS)
 def test_a_model_does_not_differ_from_itself(test, values):
-    assert test(values, values) == Difference(0, 0, 0, 0, 1, 0, 0, len(values))
+    missed = min(1, 3 / len(values))
+    assert test(values, values) == Difference(0, 0, -missed, missed, 1, 0, 0, len(values))
 
 
 def test_a_model_with_clusters_does_not_differ_from_itself():
     values = questions(0)[0]
-    assert statistics.paired_clusters(values, values) == Difference(0, 0, 0, 0, 1, 0, 0, 300)
+    found = statistics.paired_clusters(values, values)
+    assert found == Difference(0, 0, -0.01, 0.01, 1, 0, 0, 300)
+
+
+@pytest.mark.parametrize("n", [2, 5, 30])
+def test_no_difference_is_more_certain_than_its_signs(n):
+    """All questions differ alike: n coins that fall on one side, either one."""
+    p = stats.binomtest(n, n).pvalue
+    ones, zeros = [1.0] * n, [0.0] * n
+    for found in (statistics.paired_proportions(zeros, ones), statistics.paired_means(zeros, ones)):
+        assert (found.value, found.stderr, found.p) == (1, 0, pytest.approx(p))
+        assert (found.low, found.high) == (pytest.approx(1 - 2 * min(1, 3 / n)), 1)
+    found = statistics.paired_clusters([[0, 0]] * n, [[1, 1]] * n)
+    assert found.p == pytest.approx(max(p, 2 / 10_000))
+    assert (found.low, found.high) == (pytest.approx(1 - 2 * min(1, 3 / n)), 1)
+    few = statistics.paired_clusters([[0, 0]] * n, [[1, 0]] + [[1, 1]] * (n - 1))
+    assert few.p == pytest.approx(max(p, 2 / 10_000))
+
+
+def test_estimates_without_spread_are_not_certain():
+    none, all_ = (Estimate(value, 0, value, value, 3) for value in (0, 1))
+    found = statistics.unpaired(none, all_)
+    assert found.low < 0 < found.high
+    assert found.p > 0.05
 
 
 # --- several tasks --------------------------------------------------------------------------------

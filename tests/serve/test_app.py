@@ -168,6 +168,24 @@ def test_text_that_cannot_be_scored_is_told(client, path, body):
     assert told(answer)
 
 
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/score_text", r'{"sequences": [{"prompt": "\ud800", "response": "b"}]}'),
+        (
+            "/v1/score_text",
+            r'{"sequences": [{"messages": [{"role": "user", "content": "a"}], "response": "\udc00"}]}',
+        ),
+        ("/openrlhf", r'{"query": ["a \ud83d"], "prompts": ["a"]}'),
+        ("/v1/score_text", r'{"\ud800": 1, "sequences": []}'),
+    ],
+)
+def test_half_a_character_is_told(client, path, body):
+    answer = client.post(path, content=body, headers={"content-type": "application/json"})
+    assert answer.status_code == 422
+    assert "\\ud8" in told(answer) or "Send valid Unicode" in told(answer)
+
+
 @pytest.mark.parametrize("body", [b"", b"{", b"\xff", b'{"sequences": NaN', b"nonsense"])
 def test_a_body_that_is_not_json_is_told(client, body):
     answer = client.post("/v1/score", content=body, headers={"content-type": "application/json"})

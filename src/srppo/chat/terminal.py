@@ -7,13 +7,13 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
 from srppo.chat.speaker import Answer, Speaker
 from srppo.errors import ConfigError, SrppoError
+from srppo.progress import VISIBLE, console
 
 HELP = """\
 /reset            forget the conversation
@@ -22,13 +22,6 @@ HELP = """\
 /quit             leave; so does Ctrl-D
 Ctrl-C ends an answer. A line that ends in \\ goes on in the next one.
 A space in front of / sends the line as it is."""
-
-_VISIBLE = (
-    {i: chr(0x2400 + i) for i in range(32) if chr(i) not in "\n\t"}
-    | {0x7F: "␡"}
-    | dict.fromkeys(range(0x80, 0xA0), "\N{REPLACEMENT CHARACTER}")
-)
-"""What a model says must not steer the terminal."""
 
 
 class Conversation:
@@ -39,8 +32,8 @@ class Conversation:
         self.seed = seed
         """The next answers'."""
         self.interactive = sys.stdin.isatty()
-        self.out = Console(file=sys.stdout, highlight=False, soft_wrap=True)
-        self.notes = Console(stderr=True, highlight=False, soft_wrap=True)
+        self.out = console(file=sys.stdout, soft_wrap=True)
+        self.notes = console(stderr=True, soft_wrap=True)
         """So that standard output holds answers and nothing else."""
 
     def run(self) -> None:
@@ -88,7 +81,7 @@ class Conversation:
 
     def note(self, text: str, style: str = "dim") -> None:
         """A line that is not an answer."""
-        self.notes.print(text, style=style, markup=False)
+        self.notes.print(text, style=style)
 
     def _side_by_side(self, prompt: str, seed: int) -> None:
         """A column for each model, filled one after the other."""
@@ -102,7 +95,7 @@ class Conversation:
             for i, speaker in enumerate(self.speakers):
 
                 def say(piece: str, column: Text = columns[i]) -> None:
-                    column.append(piece.translate(_VISIBLE))
+                    column.append(piece.translate(VISIBLE))
                     show()
 
                 with self._ctrl_c() as pressed:
@@ -110,7 +103,7 @@ class Conversation:
                 show()
 
     def _write(self, text: str) -> None:
-        self.out.file.write(text.translate(_VISIBLE))
+        self.out.file.write(text.translate(VISIBLE))
         self.out.file.flush()
 
     @contextmanager

@@ -97,9 +97,9 @@ def read_demonstrations(
         try:
             found = screen(record)
         except RowError as error:
-            report.drop(str(error), record.where)
+            report.leave_out(record, error)
             continue
-        report.used += 1
+        report.use(record)
         for example in found:
             if len(example.response_ids) > max_response_tokens:
                 example = replace(example, response_ids=example.response_ids[:max_response_tokens])

@@ -92,6 +92,8 @@ def _read_jsonl(path: Path) -> Rows:
                     spans.add(start, len(line))
                     numbers.append(number)
                 except _BadRowError as error:
+                    if not numbers and not unreadable:
+                        _require_whole(path, number, line)
                     unreadable.append(Unreadable(number, str(error)))
             start += len(line)
     return Rows(spans, numbers, unreadable)
@@ -129,6 +131,23 @@ def _parse_line(line: bytes) -> Row:
     return row
 
 
+def _require_whole(path: Path, number: int, first: bytes) -> None:
+    """Raise DataError where the first line is JSON that goes on behind its end: of a value over
+    several lines a few, such as the last row of an array, could be taken for rows."""
+    text = first.decode("utf-8-sig", "replace").strip()
+    try:
+        json.loads(text)
+    except json.JSONDecodeError as error:
+        if error.pos >= len(text.rstrip(" ,")):
+            raise DataError(
+                f"{path}: line {number} is not a whole object, so the file is not one object per "
+                "line, and only those lines that happen to be one would be used. If it is an "
+                "array of objects, [...], name it .json; else write each row on a line of its own."
+            ) from error
+    except RecursionError:
+        pass
+
+
 def _read_json(path: Path) -> Rows:
     """An array of objects; a file that does not start with `[` is read as JSONL."""
     with path.open("rb") as file:
@@ -150,7 +169,7 @@ def _read_csv(path: Path) -> Rows:
     header: list[str] = []
 
     def decode(span: bytes) -> Row:
-        (cells,) = csv.reader(io.StringIO(span.decode("utf-8"), newline=""))
+        (cells,) = csv.reader(io.StringIO(span.decode("utf-8"), newline=""), strict=True)
         return dict(zip(header, cells + [None] * (len(header) - len(cells)), strict=True))
 
     spans = _spans(path, decode)
@@ -158,12 +177,12 @@ def _read_csv(path: Path) -> Rows:
     unreadable: list[Unreadable] = []
     with path.open("rb") as file:
         lines = _Lines(file)
-        table = csv.reader(lines)
+        table = csv.reader(lines, strict=True)  # else an open quote swallows the rows behind it
         start, first = 0, 1
         try:
             for cells in table:
                 if not header:
-                    header += [name.removeprefix("\ufeff") for name in cells]
+                    header += cells
                     _require_text(path, header)
                 elif not all(map(_is_text, cells)):
                     unreadable.append(Unreadable(first, "not UTF-8"))
@@ -176,21 +195,24 @@ def _read_csv(path: Path) -> Rows:
         except csv.Error as error:
             raise DataError(
                 f"{path}: not a table from line {first} on ({error}), so the rows after it cannot "
-                "be told apart. Mend that line, or save it as .jsonl."
+                "be told apart. Mend that line: a quote that opens a cell must close it, and is "
+                'doubled within it (""). Or save it as .jsonl.'
             ) from error
     return Rows(spans, numbers, unreadable)
 
 
 class _Lines(Iterator[str]):
-    """Lines of a file, with the bytes read so far; what is not UTF-8 becomes lone surrogates."""
+    """Lines of a file, with the bytes read so far; what is not UTF-8 becomes lone surrogates.
+    Without the mark that the file may begin with: a quote behind it would open no cell."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file, self.read = file, 0
 
     def __next__(self) -> str:
         line = next(self._file)
+        encoding = "utf-8" if self.read else "utf-8-sig"
         self.read += len(line)
-        return line.decode("utf-8", "surrogateescape")
+        return line.decode(encoding, "surrogateescape")
 
 
 def _require_text(path: Path, header: list[str]) -> None:

@@ -128,13 +128,14 @@ def _evaluation(
 ) -> tuple[list[Prompt], list[Prompt]]:
     """Rows of `eval.prompts` to measure after training, and during it."""
     assert recipe.eval.prompts
+    given = SourceConfig(source=recipe.eval.prompts, columns=recipe.eval.columns)
     splits = {"eval": (recipe.eval.split, recipe.eval.limit)}
     if recipe.eval.every:
         splits["curve"] = (recipe.eval.every_split, recipe.eval.every_limit)
     loaded = {}
     for role, (split, limit) in splits.items():
         loaded[role], report = load_prompts(
-            open_source(recipe.eval.prompts, seed=0, split=split),
+            open_source([given], seed=0, split=split, columns=recipe.data.columns),
             tokenizer,
             max_prompt_tokens=recipe.data.max_prompt_tokens,
             limit=limit,

@@ -18,11 +18,12 @@ Where = int | str
 
 
 class Record(NamedTuple):
-    """A row, where it stands, and how it is read."""
+    """A row, where it stands, how it is read, and the source that it is of."""
 
     where: Where
     row: Row
     read: Reading
+    source: str
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ class Part:
             label, rows = self.files[which]
             place = index - (ends[which] - len(rows.rows))
             where = self.where(label, rows.numbers[place])
-            yield Record(where, rows.rows[place], self.reading)
+            yield Record(where, rows.rows[place], self.reading, self.name)
 
     def placed(self, seed: int) -> Iterator[tuple[float, Record]]:
         """`shuffled` with the place of each row in a mixture."""

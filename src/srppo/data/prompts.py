@@ -84,9 +84,9 @@ def read_prompts(
         try:
             prompts.append(screen(record))
         except RowError as error:
-            report.drop(str(error), record.where)
+            report.leave_out(record, error)
             continue
-        report.used += 1
+        report.use(record)
         lengths.append(len(prompts[-1].ids))
         if len(report.first) < SHOWN:
             report.first.append(shown(tokenizer, record.where, prompts[-1].ids, []))

@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass, field
 from statistics import fmean, median
 from typing import TYPE_CHECKING, Any
 
-from srppo.data.mixture import Source, Where
-from srppo.data.schemas import UNDERSTOOD
+from srppo.data.mixture import Record, Source, Where
+from srppo.data.schemas import UNDERSTOOD, RowError
 from srppo.errors import DataError
 
 if TYPE_CHECKING:
@@ -33,6 +33,8 @@ class Report:
     unreadable: int = 0
     """Rows that are no rows: not UTF-8, not JSON, no object; `dropped` has them by reason."""
     used: int = 0
+    used_of: dict[str, int] = field(default_factory=dict)
+    """Source -> rows used of it, for each of a mixture of which rows were looked at."""
     skipped: int = 0
     """Rows passed over by `skip`, usable or not."""
     not_needed: int = 0
@@ -78,6 +80,16 @@ class Report:
         self.dropped[reason] = self.dropped.get(reason, 0) + 1
         self.dropped_rows.setdefault(reason, []).append(where)
 
+    def leave_out(self, record: Record, error: RowError) -> None:
+        """Count a row that was looked at and cannot be used."""
+        self.used_of.setdefault(record.source, 0)
+        self.drop(str(error), record.where)
+
+    def use(self, record: Record) -> None:
+        """Count a row that is used."""
+        self.used += 1
+        self.used_of[record.source] = self.used_of.get(record.source, 0) + 1
+
     def finish(self, prompts: "array[int]", responses: "array[int] | tuple[()]" = ()) -> None:
         """Fill in what is known at the end, from the lengths of the examples in tokens."""
         self.examples = len(prompts)
@@ -87,9 +99,18 @@ class Report:
         self.response_tokens = _lengths(responses)
 
     def require_used(self, kind: str, source: Source) -> None:
-        """Raise DataError where nothing is left."""
+        """Raise DataError where nothing is left, at all or of a source of a mixture."""
         if not self.used:
             raise DataError(self._nothing_left(kind, source))
+        for part in source.parts:
+            if self.used_of.get(part.name) == 0:
+                labels = {label for label, _ in part.files}
+                raise DataError(
+                    f"{part.name}: none of its rows that were looked at can be used as {kind}: "
+                    f"{self._counts(labels)}, so the mixture would be one without it. Mend the "
+                    "source, say which of its columns are meant (its own `columns`), or leave it "
+                    "out."
+                )
 
     def to_json(self) -> dict[str, Any]:
         """All fields by name, ready for `json.dump`; of the dropped rows the first hundred."""
@@ -99,17 +120,26 @@ class Report:
     def _nothing_left(self, kind: str, source: Source) -> str:
         if not self.rows:
             return f"{self.source}: holds no rows, so there are no {kind}. Give a source with rows."
-        counts = [
-            f"{count} x {reason} (rows {', '.join(map(str, self.dropped_rows[reason][:5]))})"
-            for reason, count in sorted(self.dropped.items(), key=lambda item: -item[1])
-        ]
+        counts = self._counts()
         if self.skipped:
-            counts.insert(0, f"{self.skipped} x passed over")
+            counts = f"{self.skipped} x passed over; {counts}"
         columns = ", ".join(sorted({name for row in source.first_rows(100) for name in row}))
         return (
             f"{self.source}: none of its {self.rows} rows can be used as {kind}: "
-            f"{'; '.join(counts)}. Columns found: {columns or 'none'}. "
+            f"{counts}. Columns found: {columns or 'none'}. "
             f"Columns understood: {UNDERSTOOD}. {self._cure()}"
+        )
+
+    def _counts(self, labels: set[str] | None = None) -> str:
+        """Rows left out by reason, most first; of some files of a mixture, or of all."""
+        found = {
+            reason: [w for w in places if labels is None or str(w).rpartition(":")[0] in labels]
+            for reason, places in self.dropped_rows.items()
+        }
+        return "; ".join(
+            f"{len(places)} x {reason} (rows {', '.join(map(str, places[:5]))})"
+            for reason, places in sorted(found.items(), key=lambda item: -len(item[1]))
+            if places
         )
 
     def _cure(self) -> str:

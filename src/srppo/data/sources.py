@@ -40,12 +40,19 @@ def open_source(
     like `columns` holds where a source has none of its own.
 
     Raises:
-        DataError: a source does not exist, cannot be reached, or is of an unknown kind.
+        DataError: a source does not exist, cannot be reached, is of an unknown kind, or is one of
+            several and has no rows.
     """
     if isinstance(configs, str):
         configs = [SourceConfig(source=configs)]
     found = [_open(config, seed, split, columns or {}) for config in configs]
     numbered = len(found) == 1 and len(found[0].files) == 1
+    for part in found if len(found) > 1 else ():
+        if not len(part):
+            raise DataError(
+                f"{part.name}: has no readable rows, so the mixture would be one without it. Give "
+                "a source with rows, or leave it out."
+            )
     parts = [replace(part, numbered=numbered) for part in found]
     return Source(", ".join(part.name for part in parts), parts)
 

@@ -190,8 +190,10 @@ def _samples(judged: DataFrame, columns: dict[str, list[float]]) -> list[Row]:
 
 
 def _reference_estimate(shares: Series) -> Estimate:
-    """Mean and standard error as alpaca-eval takes them; a normal interval."""
+    """Mean and standard error as alpaca-eval takes them; a normal interval, if they differ."""
     value, stderr = float(shares.mean()), float(shares.sem())
+    if not stderr:
+        return mean(shares)
     half = float(stats.norm.ppf(0.975)) * stderr
     return Estimate(value, stderr, value - half, value + half, len(shares))
 

@@ -198,9 +198,6 @@ def _row(first: Stored, model: Stored, task: str, metric: str) -> Row:
                 f"{task}, {metric}: {e}, so that {model.name} and {first.name} cannot be compared. "
                 "Evaluate both with the same version."
             ) from e
-    noise = (d.high - d.low) / 2
-    if d.n and d.gained == d.lost == 0:
-        noise = 3 / d.n  # how often models may differ, at 95%, that did not in n questions
     return replace(
         row,
         against=first.name,
@@ -213,7 +210,7 @@ def _row(first: Stored, model: Stored, task: str, metric: str) -> Row:
         lost=d.lost,
         p=_known(d.p),
         test=test,
-        noise=_known(noise),
+        noise=_known((d.high - d.low) / 2),
     )
 
 

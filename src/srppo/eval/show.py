@@ -7,6 +7,7 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from srppo.eval.benchmarks import BENCHMARKS, Row
 from srppo.eval.preflight import Check
@@ -33,13 +34,13 @@ def show_results(records: Sequence[Row], console: Console) -> None:
         name = record["model"]["name"]
         for task, entry in record["tasks"].items():
             for note in [*_floor(task), *entry["notes"]]:
-                console.print(f"{name}, {task}: {note}", markup=False)
+                console.print(f"{name}, {task}: {note}")
         for task, message in record["failed"].items():
-            console.print(f"{name}, {task} FAILED: {message}", markup=False)
+            console.print(f"{name}, {task} FAILED: {message}")
     if sizes := {
         found["n"] for r in records for t in r["tasks"].values() for found in t["metrics"].values()
     }:
-        console.print(_noise(min(sizes), max(sizes)), markup=False)
+        console.print(_noise(min(sizes), max(sizes)))
 
 
 def show_checks(checks: Sequence[Check], console: Console) -> None:
@@ -48,8 +49,8 @@ def show_checks(checks: Sequence[Check], console: Console) -> None:
     for column in ("check", "", "found"):
         table.add_column(column, overflow="fold")
     for check in checks:
-        state = {"ok": "[green]ok[/]", "note": "[yellow]note[/]", "problem": "[red]PROBLEM[/]"}
-        table.add_row(check.what, state[check.state], _plain(check.says))
+        state = {"ok": ("ok", "green"), "note": ("note", "yellow"), "problem": ("PROBLEM", "red")}
+        table.add_row(check.what, Text(*state[check.state]), check.says)
     console.print(table)
 
 
@@ -87,7 +88,3 @@ def _noise(fewest: int, most: int) -> str:
 def _floor(task: str) -> list[str]:
     floor = BENCHMARKS[task].floor if task in BENCHMARKS else None
     return [] if floor is None else [f"guessing gives {100 * floor:.0f}%"]
-
-
-def _plain(text: str) -> str:
-    return text.replace("[", "\\[")

@@ -1,6 +1,7 @@
 """How sure a score is, and a difference of two scores on the same questions.
 
-Every interval is a 95% interval; shares are fractions, not per cent.
+Every interval is a 95% interval; scores and shares lie within [0, 1], not per cent. Where all
+questions say the same, no spread says how sure it is; the rule of three does, see `_unseen`.
 """
 
 from __future__ import annotations
@@ -56,15 +57,14 @@ def proportion(successes: int, n: int) -> Estimate:
 
 def mean(values: Sequence[float]) -> Estimate:
     """Mean of one value a question, with Student's interval."""
-    return Estimate(*_student(np.asarray(values, dtype=float)), len(values))
+    return Estimate(*_student(np.asarray(values, dtype=float), lowest=0), len(values))
 
 
 def clustered(values: Sequence[Sequence[float]], seed: int = 0) -> Estimate:
     """Mean over all values, several a question: a question's values are not independent, so
     standard error and percentile interval are a bootstrap's that draws questions."""
     sums, counts = _sums(values)
-    draws = _bootstrap(sums, counts, seed)
-    return Estimate(float(sums.sum() / counts.sum()), *_spread(draws), len(values))
+    return Estimate(*_spread(sums, counts, _bootstrap(sums, counts, seed), lowest=0), len(values))
 
 
 def paired_proportions(first: Sequence[float], second: Sequence[float]) -> Difference:
@@ -73,21 +73,22 @@ def paired_proportions(first: Sequence[float], second: Sequence[float]) -> Diffe
     d = np.subtract(second, first, dtype=float)
     gained, lost = _changes(d)
     p = float(stats.binomtest(gained, gained + lost).pvalue) if gained + lost else 1.0
-    return Difference(*_student(d), p, gained, lost, len(d))
+    return Difference(*_student(d, lowest=-1), p, gained, lost, len(d))
 
 
 def paired_means(first: Sequence[float], second: Sequence[float]) -> Difference:
     """Of any scores, one a question: the paired t-test and its interval."""
     d = np.subtract(second, first, dtype=float)
-    value, stderr, low, high = _student(d)
-    return Difference(value, stderr, low, high, _p(value, stderr, len(d) - 1), *_changes(d), len(d))
+    value, stderr, low, high = _student(d, lowest=-1)
+    p = _p(value, stderr, len(d) - 1) if stderr else _least_p(d)
+    return Difference(value, stderr, low, high, p, *_changes(d), len(d))
 
 
 def paired_clusters(
     first: Sequence[Sequence[float]], second: Sequence[Sequence[float]], seed: int = 0
 ) -> Difference:
     """Of several scores a question: a bootstrap that draws questions, each with both its scores;
-    p is where the percentile interval would just reach 0.
+    p is where the percentile interval would just reach 0, but no less than signs can tell.
 
     Raises:
         ValueError: a question has more scores in one than in the other.
@@ -97,14 +98,14 @@ def paired_clusters(
         raise ValueError("a question has more scores in one model than in the other")
     draws = _bootstrap(b - a, counts, seed)
     tail = min((draws <= 0).sum(), (draws >= 0).sum())
-    p = min(1.0, 2 * (int(tail) + 1) / (len(draws) + 1)) if len(counts) > 1 else 1.0
-    value = float((b - a).sum() / counts.sum())
-    return Difference(value, *_spread(draws), p, *_changes(b - a), len(counts))
+    p = min(1.0, max(2 * (int(tail) + 1) / (len(draws) + 1), _least_p(b - a)))
+    spread = _spread(b - a, counts, draws, lowest=-1)
+    return Difference(*spread, p, *_changes(b - a), len(counts))
 
 
 def unpaired(first: Estimate, second: Estimate) -> Difference:
     """Of two scores known by their standard errors alone, taken as independent: a normal test."""
-    value, stderr = second.value - first.value, math.hypot(first.stderr, second.stderr)
+    value, stderr = second.value - first.value, math.hypot(_error(first), _error(second))
     half, p = float(stats.norm.ppf(0.975)) * stderr, _p(value, stderr, math.inf)
     return Difference(value, stderr, value - half, value + half, p, None, None, None)
 
@@ -127,21 +128,48 @@ def holm(p: Sequence[float]) -> list[float]:
     return [float(x) for x in adjusted]
 
 
-def _student(x: np.ndarray) -> tuple[float, float, float, float]:
+def _student(x: np.ndarray, lowest: float) -> tuple[float, float, float, float]:
     """Mean, standard error, ends of the interval; NaN but for the mean where there is one value."""
     value, n = float(x.mean()), len(x)
     if n < 2:
         return value, math.nan, math.nan, math.nan
+    if _alike(x):
+        return value, 0.0, *_unseen(value, lowest, n)
     stderr = float(x.std(ddof=1)) / math.sqrt(n)
     half = float(stats.t.ppf(0.975, n - 1)) * stderr
     return value, stderr, value - half, value + half
 
 
+def _alike(x: np.ndarray) -> bool:
+    """Whether all are one value, but for rounding."""
+    return float(np.ptp(x)) < 1e-12
+
+
+def _unseen(value: float, lowest: float, n: int) -> tuple[float, float]:
+    """Interval of a mean of n values that are all alike: another value, between `lowest` and 1,
+    may be had by up to 3/n of all questions without one among these, at 95%.
+
+    Source: Hanley & Lippman-Hand 1983, JAMA 249:1743.
+    """
+    share = min(1.0, 3 / n)
+    return value - share * (value - lowest), value + share * (1 - value)
+
+
+def _error(score: Estimate) -> float:
+    """Standard error of a score; where it is 0, that of the interval of the rule of three."""
+    return score.stderr or min(1.0, 3 / score.n) / float(stats.norm.ppf(0.975))
+
+
 def _p(value: float, stderr: float, freedom: float) -> float:
-    """Two-sided, of Student's t; without freedom nothing can be told, without error everything."""
+    """Two-sided, of Student's t; without freedom nothing can be told."""
     if freedom < 1 or value == 0:
         return 1.0
-    return float(2 * stats.t.sf(abs(value) / stderr, freedom)) if stderr else 0.0
+    return float(2 * stats.t.sf(abs(value) / stderr, freedom))
+
+
+def _least_p(d: np.ndarray) -> float:
+    """Of the sign test where all that differ do so in one direction; 1 where none does."""
+    return 2.0 ** (1 - max(1, np.count_nonzero(d)))
 
 
 def _sums(values: Sequence[Sequence[float]]) -> tuple[np.ndarray, np.ndarray]:
@@ -158,10 +186,15 @@ def _bootstrap(sums: np.ndarray, counts: np.ndarray, seed: int) -> np.ndarray:
     return (drawn @ sums) / (drawn @ counts)
 
 
-def _spread(draws: np.ndarray) -> tuple[float, float, float]:
-    """Standard deviation and the ends between which 95% of the draws lie."""
+def _spread(
+    sums: np.ndarray, counts: np.ndarray, draws: np.ndarray, lowest: float
+) -> tuple[float, float, float, float]:
+    """Mean, standard deviation of the draws, and the ends between which 95% of them lie."""
+    value, n = float(sums.sum() / counts.sum()), len(counts)
+    if n > 1 and _alike(sums / counts):
+        return value, 0.0, *_unseen(value, lowest, n)
     ordered, k = np.sort(draws), (RESAMPLES + 1) // 40
-    return float(draws.std(ddof=1)), float(ordered[k - 1]), float(ordered[-k])
+    return value, float(draws.std(ddof=1)), float(ordered[k - 1]), float(ordered[-k])
 
 
 def _changes(d: np.ndarray) -> tuple[int, int]:

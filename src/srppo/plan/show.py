@@ -49,7 +49,7 @@ def show_plan(
     obstacles = _obstacles(recipe, sizes, group)
     console.print(f"{recipe.name}, not run: this is what it would do.", style="bold")
     for obstacle in obstacles:
-        console.print(obstacle, markup=False)
+        console.print(obstacle)
     if blueprint is None or sizes is None:
         console.print(_unknown_model(recipe.model.base))
         console.print(_stages(recipe, amount, None))
@@ -70,7 +70,7 @@ def show_plan(
         console.print()
         _memory(recipe, blueprint, amount, device, group.size, console)
     for obstacle in obstacles:
-        console.print(obstacle, style="bold", markup=False)
+        console.print(obstacle, style="bold")
     return not obstacles
 
 

@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from srppo.progress import console
 from srppo.report import figures
 from srppo.report.figures import SERIES
 from srppo.report.numbers import fixed, plain
@@ -71,7 +72,7 @@ def show(comparison: Json, console: Console) -> None:
 
 def _text(comparison: Json) -> str:
     out = io.StringIO()
-    show(comparison, Console(file=out, width=120, highlight=False))
+    show(comparison, console(file=out, width=120))
     return out.getvalue()
 
 

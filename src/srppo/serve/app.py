@@ -156,6 +156,7 @@ async def _told(request: Request, error: Exception) -> JSONResponse:
 def _invalid(error: RequestValidationError) -> JSONResponse:
     first = error.errors()[0]
     place = ".".join(str(part) for part in first["loc"] if part != "body")
+    place = place.encode("utf-8", "backslashreplace").decode()  # names of unknown fields, too
     if first["type"] == "json_invalid":
         return RefusedError(
             400, f"the body is not JSON (at byte {place}: {first['ctx']['error']})."

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 Role = Literal["system", "user", "assistant"]
 
@@ -20,6 +20,19 @@ def _integers(ids: Any) -> Any:
     return [int(i) if isinstance(i, float) and i.is_integer() else i for i in ids]
 
 
+def _encodable(text: str) -> str:
+    """JSON can spell half a character, which no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"holds {text[error.start]!a} at character {error.start}, half of a pair that is one "
+            "character: no tokenizer reads it. Send valid Unicode"
+        ) from error
+    return text
+
+
+Text = Annotated[str, AfterValidator(_encodable)]
 TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], BeforeValidator(_integers)]
 
 
@@ -41,14 +54,14 @@ class Turn(Strict):
     """A turn of a conversation."""
 
     role: Role
-    content: str
+    content: Text
 
 
 class Chat(Strict):
     """A conversation up to where the response starts, for the chat template; and the response."""
 
     messages: list[Turn] = Field(min_length=1)
-    response: str
+    response: Text
     ended: bool = True
     """By itself: EOS is its last token. False: it was cut off."""
 
@@ -56,8 +69,8 @@ class Chat(Strict):
 class Plain(Strict):
     """Text as the model reads it: no template, control tokens spelt out."""
 
-    prompt: str = Field(min_length=1)
-    response: str
+    prompt: Text = Field(min_length=1)
+    response: Text
     ended: bool = True
 
 
@@ -100,9 +113,9 @@ class OpenRLHFQuery(BaseModel):
 
     model_config = ConfigDict(strict=True)
 
-    query: list[str] = Field(min_length=1)
+    query: list[Text] = Field(min_length=1)
     """Prompts with their responses, special tokens included."""
-    prompts: list[str] = Field(min_length=1)
+    prompts: list[Text] = Field(min_length=1)
     labels: list[Any] | None = None
     """Not used: the reward needs none."""
 
