@@ -260,6 +260,24 @@ def test_a_tokenizer_that_is_missing_or_broken(damage, directory):
         load_tokenizer(str(directory))
 
 
+def test_a_tokenizer_with_more_tokens_than_the_model_has_is_refused(directory):
+    """Texts with such a token would end stage 1 with an IndexError."""
+    tokenizer = load_tokenizer(str(directory))
+    size = load_model(str(directory)).config.vocab_size
+    assert len(tokenizer) == size
+    tokenizer.add_tokens(["<extra>"])
+    tokenizer.save_pretrained(directory)
+    with pytest.raises(ModelError, match=f"has {size + 1} tokens, '<extra>' with the id {size}"):
+        load_tokenizer(str(directory))
+
+
+def test_a_model_may_have_more_embeddings_than_tokens(directory):
+    model = load_model(str(directory))
+    model.resize_token_embeddings(128)
+    model.save_pretrained(directory)
+    assert len(load_tokenizer(str(directory))) < model.config.vocab_size == 128
+
+
 def test_a_model_directory_without_tokenizer_is_said_to_have_none(directory):
     for file in directory.glob("tokenizer*"):
         file.unlink()
