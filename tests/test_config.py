@@ -250,6 +250,7 @@ def test_weights_of_an_adapter_are_not_extrapolated():
         ({"ppo": {"gamma": 1.5}}, "ppo.gamma=1.5: input should be less than or equal to 1"),
         ({"ppo": {"estimator": "grpo"}}, "input should be 'ppo', 'rloo' or 'all_action'"),
         ({"eval": {"temperatures": [-1.0]}}, "eval.temperatures.0=-1.0"),
+        ({"eval": {"temperatures": []}}, "eval.temperatures=[]: list should have at least 1"),
         ({"seed": -1}, "seed=-1"),
         ({"seed": 2**32}, "seed=4294967296: input should be less than 4294967296"),
         ({"name": 5}, "name=5: input should be a valid string"),

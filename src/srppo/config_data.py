@@ -71,7 +71,7 @@ class DataConfig(Section):
     Stage 2 always starts from the last user turn."""
     held_out: NonNegative = 128
     """Conversations kept out of training for the audit and the held-out NLL: what
-    demonstrations_limit leaves, or else a tenth of them at most."""
+    demonstrations_limit leaves, or else a tenth of them at most; of a prompt, all or none."""
     overlap: Literal["same", "disjoint", "other"] | None = None
     """Prompts of stage 2: `same` as stage 1 trains on; `disjoint`, others of the same set; `other`,
     those of `prompts`. null: `other` if `prompts` is set, else `same`."""

@@ -61,7 +61,7 @@ class EvalConfig(Section):
     scorer: str | None = None
     """`python:package.module:function` or `python:path/to/file.py:function`, called as
     `score(rows, responses, ended) -> {name: [float, ...]}`; null: length, EOS and reward only."""
-    temperatures: list[NonNegativeFloat] = Field(default=[1.0])
+    temperatures: list[NonNegativeFloat] = Field(default=[1.0], min_length=1)
     """Sampling temperatures; 0 is greedy."""
     samples_per_prompt: Positive = 1
     """Responses to each prompt at temperatures above 0."""

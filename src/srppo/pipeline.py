@@ -81,8 +81,8 @@ class Run:
         self.data = read_data(recipe, self.tokenizer)
         if recipe.finds_beta and not self.data.held_out:
             raise ConfigError(
-                "ppo.kl_coef=auto needs held-out demonstrations, and there are none: there is no "
-                "curve to find it on. Set data.held_out, or ppo.kl_coef=0.2."
+                "ppo.kl_coef=auto needs held-out demonstrations, for it is found on their curve, "
+                f"and {self.data.none_held_out}. Or set ppo.kl_coef=0.2."
             )
         inputs = self._inputs()
         if fresh and (old := distributed.from_first(lambda: move_aside(recipe))):
@@ -109,14 +109,7 @@ class Run:
         """The reward audit; None without held-out demonstrations."""
         self._require_sft("audit")
         if not self.data.held_out:
-            why = "there are no demonstrations"
-            if self.recipe.data.demonstrations:
-                why = (
-                    "none of the demonstrations are held out: data.held_out is "
-                    f"{self.recipe.data.held_out}, and where all others are trained on a tenth is "
-                    "at most. Give 200 or more for it to mean something"
-                )
-            self.reporter.line(f"audit: left out, for {why}")
+            self.reporter.line(f"audit: left out, for {self.data.none_held_out}")
             return None
         with self._stage("audit") as todo:
             if todo:

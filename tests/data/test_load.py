@@ -124,6 +124,48 @@ def test_nothing_is_said_of_an_evaluation_that_there_is_not(
     assert "evaluation" not in describe_overlap(data.reports["overlap"])
 
 
+def test_the_last_conversations_are_held_out_in_their_order(
+    read: Callable[..., Data], write: Write
+):
+    source = write(ROWS)
+    drawn = groups(read({"demonstrations": source, "held_out": 0}).train)
+    data = read({"demonstrations": source, "demonstrations_limit": 20, "held_out": 6})
+    assert (groups(data.train), groups(data.held_out)) == (drawn[:20], drawn[20:26])
+    data = read({"demonstrations": source, "held_out": 6})
+    assert (groups(data.train), groups(data.held_out)) == (drawn[:36], drawn[36:])
+    assert data.none_held_out == ""
+
+
+def answers(row: dict[str, Any], n: int) -> list[dict[str, Any]]:
+    """Several demonstrations of its prompt."""
+    return [{**row, "response": f"{row['response']} {k}"} for k in range(n)]
+
+
+def test_a_prompt_is_held_out_with_all_of_its_demonstrations(
+    read: Callable[..., Data], write: Write
+):
+    """Answers of one prompt lie apart after the shuffle: one by one, hardly any would be left."""
+    source = write([demonstration for row in ROWS for demonstration in answers(row, 4)])
+    data = read({"demonstrations": source, "held_out": 10})
+    assert (len(data.train), len(data.held_out)) == (152, 8)
+    assert not set(groups(data.train)) & set(groups(data.held_out))
+    assert len(set(groups(data.held_out))) == 2
+    limited = read({"demonstrations": source, "demonstrations_limit": 60, "held_out": 40})
+    assert len(limited.train) == 60
+    assert len(limited.held_out) == 40
+    assert not set(groups(limited.train)) & set(groups(limited.held_out))
+
+
+def test_why_nothing_is_held_out_is_said(read: Callable[..., Data], write: Write):
+    source = write([demonstration for row in ROWS[:3] for demonstration in answers(row, 20)])
+    data = read({"demonstrations": source, "held_out": 10})
+    assert (len(data.train), len(data.held_out)) == (60, 0)
+    assert "each prompt here has more than the 6 that may be. Give" in data.none_held_out
+    assert "a tenth is at most" in read({"demonstrations": write(ROWS[:9])}).none_held_out
+    prompts = {"prompts": source, "demonstrations": None}
+    assert read(prompts, model={"base": "b", "sft": "s"}).none_held_out.startswith("there are no ")
+
+
 TALKS = [
     {
         "messages": [

@@ -254,6 +254,50 @@ def test_models_that_were_not_asked_the_same_are_refused(out, values, message):
     assert {r["task"] for r in compare(named(out), tasks=["gpqa"])["rows"]} == {"gpqa"}
 
 
+JUDGED = {
+    "judge": ({"judge": "mine"}, {}, "judge is mine and gpt; have both judged by the same"),
+    "baseline": ({"baseline": "b"}, {}, "baseline is b and gpt4; score both against the same"),
+    "outputs": (
+        {},
+        {"data_sha256": "f" * 64},
+        "sha256 of the baseline's outputs is ffffffffffff... and ",
+    ),
+    "form": ({"form": "letter"}, {}, "form is letter and weighted; have both judged in the same"),
+    "its template": ({"template_sha256": "0" * 64}, {}, "form's template is 000000000000... and "),
+}
+
+
+@pytest.fixture
+def judged(out):
+    """All models' pairs by the same judge; its settings."""
+    how = {"judge": "gpt", "baseline": "gpt4", "form": "weighted", "template_sha256": "1" * 64}
+    for directory in named(out).values():
+        change(directory, "alpaca_eval", settings=how)
+    return how
+
+
+@pytest.mark.parametrize(("settings", "values", "message"), JUDGED.values(), ids=JUDGED)
+def test_win_rates_that_were_judged_in_another_way_are_refused(
+    out, judged, settings, values, message
+):
+    assert compare(named(out))
+    change(out / "sft", "alpaca_eval", settings={**judged, **settings}, **values)
+    with pytest.raises(ConfigError) as error:
+        compare(named(out))
+    assert f"alpaca_eval, sft and base: {message}" in str(error.value)
+    assert "--force" in str(error.value)
+    assert "srppo and base" not in str(error.value)
+    notes = compare(named(out), force=True)["notes"]
+    assert any(message in note and note.endswith("Compared all the same.") for note in notes)
+
+
+def test_annotations_that_do_not_say_how_the_judge_was_asked_are_compared(out, judged):
+    change(out / "sft", "alpaca_eval", settings={"judge": "gpt", "baseline": "gpt4"})
+    change(out / "srppo", "alpaca_eval", data_sha256=None)
+    notes = compare(named(out))["notes"]
+    assert "alpaca_eval: form is unknown (sft), weighted (base)." in notes
+
+
 @pytest.mark.parametrize("given", ["auto", "own.jinja", "hub"])
 def test_the_template_to_ask_both_through_is_named(out, tmp_path, given):
     """The first model's, in its directory, in the file that was given, or where no file is."""

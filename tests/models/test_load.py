@@ -1,5 +1,6 @@
 """Model directories: what loads, and what a person is told when it does not."""
 
+import contextlib
 import json
 import shutil
 
@@ -132,6 +133,27 @@ def test_broken_model_directories_are_named_with_cause_and_cure(kind, directory)
     assert "Give " in str(error.value)
 
 
+FOREIGN = {
+    "a number as text": {"hidden_size": "96"},  # a strict dataclass refuses it
+    "no heads": {"num_attention_heads": 0},  # ZeroDivisionError
+    "a quantiser that is not here": {"quantization_config": {"quant_method": "gptq", "bits": 4}},
+    "an attribute that cannot be set": {"use_return_dict": 3},  # AttributeError
+    "padding outside the vocabulary": {"pad_token_id": 10**9},  # AssertionError
+    "no tokens": {"vocab_size": 0},  # IndexError
+}
+
+
+@pytest.mark.parametrize("stated", FOREIGN.values(), ids=FOREIGN)
+def test_configurations_that_no_library_expects_are_named(stated, directory):
+    edit(directory / "config.json", **stated)
+    with pytest.raises(ModelError, match=r"the model of .* cannot be loaded: \S") as error:
+        load_model(str(directory))
+    assert str(directory) in str(error.value)
+    for load in (load_tokenizer, context_length):  # neither needs all of it
+        with contextlib.suppress(ModelError):
+            load(str(directory))
+
+
 def test_a_pickle_is_not_even_opened(directory, tmp_path):
     """Unpickling runs code; the file would say so."""
     canary = tmp_path / "ran"
@@ -228,11 +250,32 @@ def test_a_tokenizer_without_eos_is_refused(directory):
     assert "eos_token" in str(error.value)
 
 
-@pytest.mark.parametrize("damage", [lambda f: f.unlink(), lambda f: f.write_text("{")])
+@pytest.mark.parametrize(
+    "damage",
+    [lambda f: f.unlink(), lambda f: f.write_text("{"), lambda f: edit(f, model=3)],
+)
 def test_a_tokenizer_that_is_missing_or_broken(damage, directory):
     damage(directory / "tokenizer.json")
     with pytest.raises(ModelError, match=r"tokenizer of .* cannot be loaded"):
         load_tokenizer(str(directory))
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model_has_is_refused(directory):
+    """Texts with such a token would end stage 1 with an IndexError."""
+    tokenizer = load_tokenizer(str(directory))
+    size = load_model(str(directory)).config.vocab_size
+    assert len(tokenizer) == size
+    tokenizer.add_tokens(["<extra>"])
+    tokenizer.save_pretrained(directory)
+    with pytest.raises(ModelError, match=f"has {size + 1} tokens, '<extra>' with the id {size}"):
+        load_tokenizer(str(directory))
+
+
+def test_a_model_may_have_more_embeddings_than_tokens(directory):
+    model = load_model(str(directory))
+    model.resize_token_embeddings(128)
+    model.save_pretrained(directory)
+    assert len(load_tokenizer(str(directory))) < model.config.vocab_size == 128
 
 
 def test_a_model_directory_without_tokenizer_is_said_to_have_none(directory):

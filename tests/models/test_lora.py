@@ -1,8 +1,12 @@
 """Roles over one backbone against models of their own, merged by hand."""
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 from peft import AutoPeftModelForCausalLM, IA3Config, LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import tiny
@@ -19,6 +23,7 @@ from srppo.rollout.hf import HFSampler
 RANK, ALPHA = 4, 6.0
 CONFIG = LoRAConfig(rank=RANK, alpha=ALPHA)
 ALL = 10**6
+WEIGHTS = "adapter_model.safetensors"
 
 
 def shake(role, seed, size=0.03):
@@ -323,6 +328,47 @@ def test_an_adapter_of_another_model_is_refused(adapter_dir, tmp_path):
     with pytest.raises(ModelError, match="does not fit") as error:
         start_frozen(model_config(str(tmp_path / "other")), path, seed=0)
     assert "model.base" in str(error.value)
+
+
+def edit_json(path, **changes):
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def other_modules(path):
+    edit_json(path / "adapter_config.json", target_modules=["c_attn"])
+
+
+def fewer_modules(path):
+    """So that some of the weights have no place."""
+    edit_json(path / "adapter_config.json", target_modules=["q_proj"])
+
+
+def weights_missing(path):
+    weights = load_file(path / WEIGHTS)
+    save_file(dict(sorted(weights.items())[3:]), path / WEIGHTS, {"format": "pt"})
+
+
+def another_rank(path):
+    edit_json(path / "adapter_config.json", r=1)
+
+
+MISFITS = {
+    "modules": (other_modules, "c_attn"),
+    "too many weights": (fewer_modules, "lora_"),
+    "too few weights": (weights_missing, "lora_"),
+    "shape": (another_rank, "size mismatch for .*lora_"),
+}
+
+
+@pytest.mark.parametrize(("change", "named"), MISFITS.values(), ids=MISFITS)
+@pytest.mark.parametrize("lora", [CONFIG, None])
+def test_an_adapter_that_fits_in_part_is_refused_over_the_base_and_merged(
+    change, named, lora, adapter_dir, base_dir
+):
+    path, _ = adapter_dir
+    change(Path(path))
+    with pytest.raises(ModelError, match=rf"does not fit .*\(.*{named}.*\): it was trained on"):
+        start_frozen(model_config(base_dir, lora=lora), path, seed=0)
 
 
 @pytest.mark.parametrize(

@@ -66,6 +66,25 @@ def test_nested_configurations_are_looked_into(directory):
         check_directory(str(directory))
 
 
+@pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation"])
+@pytest.mark.parametrize("where", ["model", "part", "each part"])
+def test_attention_is_not_fetched_from_the_hub(directory, key, where, monkeypatch):
+    edit(directory / "config.json", **{key: "eager"})
+    assert load_model(str(directory)).config._attn_implementation == "eager"
+    fetched = []
+    monkeypatch.setattr("transformers.integrations.hub_kernels.get_kernel", fetched.append)
+    name = "someone/kernel@main:attend"
+    stated = {
+        "model": {key: name},
+        "part": {"text_config": {key: name}},
+        "each part": {key: {"": "sdpa", "text_config": name}},
+    }[where]
+    edit(directory / "config.json", **stated)
+    with pytest.raises(ModelError, match=rf"config\.json states {key}=.*someone/kernel.*Remove"):
+        load_model(str(directory))
+    assert not fetched
+
+
 @pytest.mark.parametrize("name", ["../../secret.safetensors", "/etc/passwd", "a/b", "..", 7])
 def test_an_index_that_leads_out_of_the_directory_is_refused(directory, name, tmp_path):
     (directory / "model.safetensors").rename(tmp_path / "secret.safetensors")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from array import array
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import islice
@@ -33,6 +34,8 @@ class Data:
     prompts: list[Prompt]
     eval_prompts: list[Prompt]
     curve_prompts: list[Prompt]
+    none_held_out: str = ""
+    """Why there are no demonstrations held out; empty where there are."""
     reports: dict[str, Any] = field(default_factory=dict)
 
 
@@ -46,11 +49,12 @@ def read_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Data:
     reports: dict[str, Any] = {}
     train: Sequence[Example] = []
     held_out: list[Example] = []
+    none_held_out = "there are no demonstrations"
     asked: Source | None = None
     skip = 0
     if settings.demonstrations:
         source = _open(recipe, settings.demonstrations)
-        train, held_out, report = _demonstrations(recipe, tokenizer, source)
+        train, held_out, none_held_out, report = _demonstrations(recipe, tokenizer, source)
         reports["demonstrations"] = report.to_json()
         if settings.overlap == "disjoint":
             asked, skip = source, report.looked_at
@@ -77,7 +81,7 @@ def read_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Data:
     reports["overlap"] = {"setting": settings.stage_2_prompts} | _overlap(
         train, prompts, eval_prompts
     )
-    return Data(train, held_out, prompts, eval_prompts, curve_prompts, reports)
+    return Data(train, held_out, prompts, eval_prompts, curve_prompts, none_held_out, reports)
 
 
 def fingerprint(data: Data) -> str:
@@ -99,8 +103,8 @@ def _open(recipe: Recipe, sources: list[SourceConfig]) -> Source:
 
 def _demonstrations(
     recipe: Recipe, tokenizer: PreTrainedTokenizerBase, source: Source
-) -> tuple[Sequence[Example], list[Example], Report]:
-    """What is trained on and what is held out, by whole conversations."""
+) -> tuple[Sequence[Example], list[Example], str, Report]:
+    """What is trained on, what is held out, by whole conversations, and why that is nothing."""
     settings = recipe.data
     limit = settings.demonstrations_limit
     examples, report = load_demonstrations(
@@ -114,13 +118,44 @@ def _demonstrations(
     )
     n = report.used
     kept_out = min(settings.held_out, max(n - (limit or n), n // 10))
-    trained = n - kept_out if limit is None else min(limit, n - kept_out)
-    ends = [0] + [i + 1 for i, example in enumerate(examples) if example.final]
-    train = Picked(examples, range(ends[trained]))
-    seen = {_key(e.prompt_ids) for e in train}
-    # One prompt can have several demonstrations; those of a trained prompt are not held out.
-    rest = (examples[i - 1] for i in ends[n - kept_out + 1 :])
-    return train, [e for e in rest if _key(e.prompt_ids) not in seen], report
+    bounds, begins = [0], []
+    for i, example in enumerate(examples):
+        if bounds[-1] == i:
+            begins.append(_key(example.prompt_ids))
+        if example.final:
+            bounds.append(i + 1)
+    held = _last_alike(begins, kept_out)
+    trained = [c for c in range(n) if c not in held][:limit]
+    turns = array("Q", (i for c in trained for i in range(bounds[c], bounds[c + 1])))
+    train, held_out = Picked(examples, turns), [examples[bounds[c + 1] - 1] for c in sorted(held)]
+    return train, held_out, "" if held_out else _why_none(settings.held_out, kept_out), report
+
+
+def _last_alike(begins: list[bytes], most: int) -> set[int]:
+    """The last conversations, `most` at best: those that begin with the same prompt stay together,
+    so that no prompt that is held out is trained on."""
+    alike = defaultdict(list)
+    for conversation, prompt in enumerate(begins):
+        alike[prompt].append(conversation)
+    held: set[int] = set()
+    for prompt in reversed(begins):
+        if len(held) + len(alike[prompt]) <= most:
+            held.update(alike[prompt])
+    return held
+
+
+def _why_none(asked: int, possible: int) -> str:
+    if not possible:
+        return (
+            f"none of the demonstrations are held out: data.held_out is {asked}, and where all "
+            "others are trained on a tenth is at most. Give 200 or more for it to mean something"
+        )
+    return (
+        f"none of the demonstrations are held out: a prompt is held out with all of its "
+        f"demonstrations, and each prompt here has more than the {possible} that may be. Give "
+        "demonstrations of more prompts, or set data.held_out and data.demonstrations_limit so "
+        "that more are left"
+    )
 
 
 def _evaluation(

@@ -19,6 +19,8 @@ PLACES_PER_REASON = 100
 """Rows named in data.json for each reason; `srppo data check --dropped FILE` names all."""
 SHOWN = 3
 """First examples that are kept, token by token."""
+LONGEST_CHARACTER = 4
+"""Bytes, and so tokens, that one character can take in UTF-8."""
 HEAD, TAIL = 120, 60
 """Tokens kept at either end of a prompt or a response that is longer than both."""
 
@@ -186,14 +188,19 @@ def shown(
 
 def token_texts(tokenizer: "PreTrainedTokenizerBase", ids: list[int]) -> list[str]:
     """What each token adds to the text; those of an unfinished character add nothing."""
-    texts, before = [], ""
+    texts: list[str] = []
+    start = done = 0  # a piece is read after the one before it, which decides about spaces
+
+    def decoded(end: int) -> str:
+        return str(tokenizer.decode(ids[start:end], clean_up_tokenization_spaces=False))
+
     for end in range(1, len(ids) + 1):
-        text = str(tokenizer.decode(ids[:end], clean_up_tokenization_spaces=False))
-        if text.endswith("\ufffd") and end < len(ids):
+        text = decoded(end)
+        if text.endswith("\ufffd") and end < min(len(ids), done + LONGEST_CHARACTER):
             texts.append("")
             continue
-        texts.append(text[len(before) :])
-        before = text
+        texts.append(text[len(decoded(done)) :])
+        start, done = done, end
     return texts
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from srppo.errors import ConfigError
-from srppo.eval.read import Stored
+from srppo.eval.read import Stored, Task
 
 CURES = {
     "version": "evaluate both with the same lm-eval or alpaca-eval",
@@ -16,6 +16,16 @@ CURES = {
     "template_sha256": "use the same --chat-template",
 }
 """What has to be the same in results.json, and how to make it so."""
+
+JUDGED = {
+    "judge": "have both judged by the same",
+    "baseline": "score both against the same outputs",
+    "sha256 of the baseline's outputs": "score both with the same --data-dir",
+    "form": "have both judged in the same form",
+    "form's template": "judge both with the same alpaca-eval",
+}
+"""The same, of how AlpacaEval's pairs were judged, where both say it: annotations of others say
+their judge and baseline alone."""
 
 FOUND = {"wins", "losses", "draws", "discrete_win_rate", "mean_characters", "responses"}
 """Beside the settings in results.json, but of the model itself."""
@@ -48,6 +58,12 @@ def unlike(first: Stored, other: Stored, task: str) -> list[str]:
             if key.startswith("template"):
                 cure += _templates([m for m, t in ((other, b), (first, a)) if t.template == "chat"])
             reasons.append(f"{key} is {_short(theirs)} and {_short(ours)}; {cure}.")
+    ours, theirs = _judging(a), _judging(b)
+    reasons += [
+        f"{key} is {_short(theirs[key])} and {_short(ours[key])}; {cure}."
+        for key, cure in JUDGED.items()
+        if None not in (ours[key], theirs[key]) and ours[key] != theirs[key]
+    ]
     asked, answered = ({s.doc_id: s.prompt_sha256 for s in m.samples(task)} for m in (first, other))
     found = []
     if differ := [i for i in asked if i in answered and asked[i] != answered[i]]:
@@ -59,6 +75,18 @@ def unlike(first: Stored, other: Stored, task: str) -> list[str]:
     if found:
         reasons.append(f"{', '.join(found)}; use the same data, template and examples.")
     return reasons
+
+
+def _judging(task: Task) -> dict[str, Any]:
+    """Under the keys of JUDGED; None where it is not known."""
+    said = task.settings
+    return {
+        "judge": said.get("judge"),
+        "baseline": said.get("baseline"),
+        "sha256 of the baseline's outputs": task.data_sha256 if "judge" in said else None,
+        "form": said.get("form"),
+        "form's template": said.get("template_sha256"),
+    }
 
 
 def settings_that_differ(first: Stored, other: Stored, task: str) -> list[str]:

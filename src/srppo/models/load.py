@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import hashlib
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import resources
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,7 +16,8 @@ import torch
 from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 from peft import PeftConfig, PeftModel
-from safetensors import SafetensorError
+from peft.utils import load_peft_weights, set_peft_model_state_dict
+from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -25,11 +28,11 @@ from transformers import (
 )
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from srppo.errors import ModelError
+from srppo.errors import ModelError, SrppoError
 from srppo.models.untrusted import check_directory
 
-LOAD_ERRORS = (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError)
-"""What `from_pretrained` raises for missing, unreadable or foreign files."""
+CONFIGURATIONS = ("config.json", "adapter_config.json")
+"""Of a model and of an adapter: either has one."""
 
 
 def resolve(name: str) -> str:
@@ -53,7 +56,7 @@ def resolve(name: str) -> str:
                 f"model directory {name!r} does not exist: nothing can be loaded. Give a directory "
                 "with config.json and model.safetensors, or a Hugging Face name (owner/model)."
             )
-        if path.parent.is_dir() and not _is_cached(name):
+        if path.parent.is_dir() and not _is_cached(name, *CONFIGURATIONS):
             raise ModelError(
                 f"model directory {name!r} does not exist, and {str(path.parent)!r} is a directory "
                 "here: nothing can be loaded. Give a directory that is there; or, if a model of "
@@ -68,9 +71,8 @@ def resolve(name: str) -> str:
     return str(path.absolute())  # adapters remember it
 
 
-def _is_cached(name: str) -> bool:
+def _is_cached(name: str, *files: str) -> bool:
     """Whether a model of the hub is on this machine."""
-    files = ("config.json", "adapter_config.json")
     try:
         return any(isinstance(try_to_load_from_cache(name, file), str) for file in files)
     except HFValidationError:  # no name that the hub could have
@@ -89,24 +91,22 @@ def has_tokenizer(name: str) -> bool:
 
 def base_of(adapter: str) -> str:
     """The name of the model that an adapter directory names as the one below it."""
-    try:
+    with loading("adapter", adapter):
         return str(PeftConfig.from_pretrained(adapter).base_model_name_or_path)
-    except LOAD_ERRORS as e:
-        raise ModelError(cannot_load("adapter", adapter, e)) from e
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """The tokenizer of a model; for an adapter without one, that of the model below it.
 
     Raises:
-        ModelError: there is none, or it has no EOS.
+        ModelError: there is none, it has no EOS, or more tokens than the model.
     """
     path = resolve(name)
     if not has_tokenizer(path):
         path = resolve(base_of(path))
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    except LOAD_ERRORS as e:
+    except Exception as e:  # as in `loading`
         found = [file.name for file in Path(path).glob("*")]  # none of a name on the hub
         if found and not any(file.startswith(("tokenizer", "vocab")) for file in found):
             raise ModelError(
@@ -119,7 +119,22 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
             f"the tokenizer of {name!r} has no EOS token: responses could never end, and the "
             "reward belongs at EOS. Set `eos_token` in its tokenizer_config.json."
         )
+    if not is_adapter(path) and (Path(path).is_dir() or _is_cached(path, "config.json")):
+        _check_ids(tokenizer, name)
     return tokenizer
+
+
+def _check_ids(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+    """Raises ModelError unless the model has an embedding for each token; it may have more."""
+    size = getattr(_text_config(name), "vocab_size", None)
+    token, last = max(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    if size is not None and last >= size:
+        raise ModelError(
+            f"the tokenizer of {name!r} has {len(tokenizer)} tokens, {token!r} with the id {last}, "
+            f"and the model's vocab_size is {size}: that token would have no embedding. Give the "
+            "tokenizer that belongs to the model, or a model that was resized for it "
+            "(resize_token_embeddings)."
+        )
 
 
 def load_model(
@@ -142,7 +157,7 @@ def load_model(
     place = pick_device(device)
     if is_adapter(path):
         return _load_merged(path, dtype, device, base)
-    try:
+    with loading("model", name):
         check_directory(path)
         model, info = AutoModelForCausalLM.from_pretrained(
             path,
@@ -152,10 +167,6 @@ def load_model(
             output_loading_info=True,
             **(_quantized(quantize, dtype, place) if quantize else {}),
         )
-    except ModelError:
-        raise
-    except LOAD_ERRORS as e:
-        raise ModelError(cannot_load("model", name, e)) from e
     if missing := sorted(info["missing_keys"]):
         raise ModelError(
             f"{name!r} lacks {len(missing)} weight(s), {missing[0]} first: they would be random. "
@@ -170,17 +181,51 @@ def load_model(
 
 
 def _load_merged(path: str, dtype: str, device: str, base: str | None) -> PreTrainedModel:
-    try:
-        check_directory(path)
-        model = load_model(base or base_of(path), dtype, device)
-        merged = PeftModel.from_pretrained(model, path).merge_and_unload().requires_grad_(True)
+    config, weights = read_adapter(path)
+    config.inference_mode = True
+    model = load_model(base or base_of(path), dtype, device)
+    with fitting(path, model):
+        adapted = PeftModel(model, config)
+        fill_adapter(adapted, weights, adapted.active_adapter)
+    with loading("adapter", path):
+        merged = adapted.merge_and_unload().requires_grad_(True)
         if (Path(path) / "generation_config.json").is_file():
             merged.generation_config = GenerationConfig.from_pretrained(path)
         return merged
-    except LOAD_ERRORS as e:
-        if isinstance(e, ModelError):
-            raise
-        raise ModelError(cannot_load("adapter", path, e)) from e
+
+
+def read_adapter(directory: str) -> tuple[PeftConfig, dict[str, Tensor]]:
+    """An adapter's configuration and weights.
+
+    Raises:
+        ModelError: they cannot be read.
+    """
+    with loading("adapter", directory):
+        check_directory(directory)
+        return PeftConfig.from_pretrained(directory), load_peft_weights(directory, device="cpu")
+
+
+def fill_adapter(model: nn.Module, weights: dict[str, Tensor], name: str) -> None:
+    """Raises ValueError or RuntimeError unless the weights are all that the adapter `name` has."""
+    result = set_peft_model_state_dict(model, weights, adapter_name=name)
+    absent = [key for key in result.missing_keys if name in key.split(".")]
+    if odd := absent + list(result.unexpected_keys):
+        raise ValueError(f"{odd[0]}, one of {len(odd)} such weight(s), is in only one of them")
+
+
+@contextmanager
+def fitting(directory: str | Path, model: PreTrainedModel) -> Iterator[None]:
+    """Turns what keeps an adapter from being put over `model` into a ModelError."""
+    try:
+        yield
+    except SrppoError:
+        raise
+    except Exception as e:  # as in `loading`
+        raise ModelError(
+            f"the adapter in {str(directory)!r} does not fit {model.name_or_path!r} "
+            f"({_reason(e)}): it was trained on another model. Give it that one: model.base of a "
+            "recipe, base_model_name_or_path in adapter_config.json."
+        ) from e
 
 
 def _quantized(bits: str, dtype: str, device: torch.device) -> dict[str, Any]:
@@ -233,12 +278,14 @@ def pick_device(device: str) -> torch.device:
 
 def context_length(name: str) -> int | None:
     """Longest sequence that the model has positions for, in tokens; None: not stated."""
+    return getattr(_text_config(name), "max_position_embeddings", None)
+
+
+def _text_config(name: str) -> Any:
     path = resolve(name)
-    try:
+    with loading("configuration", name):
         config: Any = AutoConfig.from_pretrained(path, trust_remote_code=False)
-    except LOAD_ERRORS as e:
-        raise ModelError(cannot_load("configuration", name, e)) from e
-    return getattr(config.get_text_config(), "max_position_embeddings", None)
+        return config.get_text_config()
 
 
 def fingerprint(name: str) -> str:
@@ -246,10 +293,8 @@ def fingerprint(name: str) -> str:
     sha256 of its files."""
     path = resolve(name)
     if not Path(path).is_dir():
-        try:
+        with loading("configuration", name):
             return str(AutoConfig.from_pretrained(path, trust_remote_code=False)._commit_hash)
-        except LOAD_ERRORS as e:
-            raise ModelError(cannot_load("configuration", name, e)) from e
     digest = hashlib.sha256()
     for file in sorted(p for p in Path(path).iterdir() if p.suffix in (".json", ".safetensors")):
         with file.open("rb") as content:
@@ -287,11 +332,26 @@ def frozen_copy(model: PreTrainedModel) -> PreTrainedModel:
     return copy.deepcopy(model).requires_grad_(False)
 
 
-def cannot_load(what: str, name: str, error: BaseException) -> str:
-    """A message for whatever is in LOAD_ERRORS."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [repr(error)]
-    reason = " ".join(lines) if lines[0].endswith(":") else lines[0]
+@contextmanager
+def loading(what: str, name: str) -> Iterator[None]:
+    """Turns whatever missing, damaged or foreign files make a library raise into a ModelError."""
+    try:
+        yield
+    except SrppoError:
+        raise
+    except Exception as e:  # each architecture raises its own, tokenizers nothing but Exception
+        raise ModelError(cannot_load(what, name, e)) from e
+
+
+def cannot_load(what: str, name: str, error: Exception) -> str:
+    """A message for whatever a library raised."""
     return (
-        f"the {what} of {name!r} cannot be loaded: {reason.rstrip('.')}. "
+        f"the {what} of {name!r} cannot be loaded: {_reason(error)}. "
         "Give a complete Hugging Face model directory, or a hub name that this machine can reach."
     )
+
+
+def _reason(error: Exception) -> str:
+    """The first sentence of what a library says, or all that it announces."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [repr(error)]
+    return (" ".join(lines) if lines[0].endswith(":") else lines[0]).rstrip(".")

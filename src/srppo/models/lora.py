@@ -18,17 +18,15 @@ from peft.functional import (
     set_requires_grad,
 )
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils import load_peft_weights
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 
 from srppo.config import LoRAConfig
 from srppo.errors import ModelError
-from srppo.models.load import LOAD_ERRORS, cannot_load
+from srppo.models.load import fill_adapter, fitting, read_adapter
 from srppo.models.precision import Compute
 from srppo.models.roles import Role
 from srppo.models.sharding import gathered
-from srppo.models.untrusted import check_directory
 
 
 class Backbone:
@@ -87,23 +85,11 @@ class Backbone:
         Raises:
             ModelError: not a plain LoRA adapter, or not one of this model.
         """
-        try:
-            check_directory(str(directory))
-            config = PeftConfig.from_pretrained(str(directory))
-            weights = load_peft_weights(str(directory), device=str(self.model.device))
-        except ModelError:
-            raise
-        except LOAD_ERRORS as e:
-            raise ModelError(cannot_load("adapter", str(directory), e)) from e
+        config, weights = read_adapter(str(directory))
         _check_plain(config, directory)
-        try:
+        with fitting(directory, self.model):
             name = self._add(config)
-            result = set_peft_model_state_dict(self.model, weights, adapter_name=name)
-        except (ValueError, RuntimeError) as e:  # no such modules; other shapes
-            raise ModelError(_misfit(directory, self.model, str(e).splitlines()[0])) from e
-        absent = [key for key in result.missing_keys if name in key.split(".")]
-        if odd := absent + list(result.unexpected_keys):
-            raise ModelError(_misfit(directory, self.model, f"{odd[0]} is in only one of them"))
+            fill_adapter(self.model, weights, name)
         return AdapterRole(self, name)
 
     @contextmanager
@@ -212,10 +198,3 @@ def _check_plain(config: PeftConfig, directory: str | Path) -> None:
             f"{str(directory)!r} is not a plain LoRA adapter ({what}): it cannot be switched on "
             "and off over one copy of the weights. Merge it into its base model, and give that."
         )
-
-
-def _misfit(directory: str | Path, model: PreTrainedModel, reason: str) -> str:
-    return (
-        f"the adapter in {str(directory)!r} does not fit {model.name_or_path!r} ({reason}): it was "
-        "trained on another model. Set model.base to the one that its adapter_config.json names."
-    )

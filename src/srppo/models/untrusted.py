@@ -1,8 +1,8 @@
 """A model directory may come from anybody: what of it could do harm is refused before it is used.
 
 Pickles and code beside the weights are never touched: safetensors only, `trust_remote_code=False`.
-What is left are sizes that would fill the memory, names that lead out of the directory, and
-adapters that import a module of their choice.
+What is left are sizes that would fill the memory, names that lead out of the directory, kernels
+that would be fetched from the hub, and adapters that import a module of their choice.
 """
 
 from __future__ import annotations
@@ -36,6 +36,9 @@ WIDTHS = (
 )
 """Of config.json, with LAYERS: each is a number of rows or columns of some weight."""
 
+KERNELS = ("attn_implementation", "_attn_implementation")
+"""Of config.json: the code that attention runs."""
+
 
 def check_directory(path: str) -> None:
     """Does nothing for a name on the hub.
@@ -55,6 +58,7 @@ def check_directory(path: str) -> None:
         _check_adapter(config, elements)
     elif weights:
         stated = _read(directory / "config.json")
+        _check_kernels(directory / "config.json", stated)
         for key, most in [*((k, tensors) for k in LAYERS), *((k, elements) for k in WIDTHS)]:
             for value in _values(stated, key):
                 _require_size(directory / "config.json", key, value, most)
@@ -67,6 +71,16 @@ def _check_index(index: Path) -> None:
                 f"{index} says that weights lie in {name!r}, which is no file name: a model "
                 "directory may not reach beyond itself. Do not use it."
             )
+
+
+def _check_kernels(config: Path, stated: dict[str, Any]) -> None:
+    for key in KERNELS:
+        for value in _values(stated, key):
+            if "/" in json.dumps(value):  # one for all parts of a model, or one for each
+                raise ModelError(
+                    f"{config} states {key}={value!r}, the name of a kernel on the hub: its code "
+                    f"would be fetched and run. Remove {key} from it."
+                )
 
 
 def _check_adapter(config: Path, elements: int) -> None:

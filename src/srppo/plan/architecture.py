@@ -18,8 +18,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
 from srppo.config import ModelConfig
-from srppo.errors import ModelError
-from srppo.models.load import LOAD_ERRORS, cannot_load, resolve
+from srppo.models.load import loading, resolve
 from srppo.models.lora import Backbone
 from srppo.models.precision import Compute
 from srppo.plan.known import MODELS
@@ -94,10 +93,8 @@ class Blueprint:
         """From the model's config.json or the table of known models; None if neither has it."""
         directory = local_directory(name)
         if directory:
-            try:
+            with loading("configuration", name):
                 return Blueprint(AutoConfig.from_pretrained(directory), "its config.json")
-            except LOAD_ERRORS as e:
-                raise ModelError(cannot_load("configuration", name, e)) from e
         known = MODELS.get(name)
         return Blueprint(AutoConfig.for_model(**known), "srppo's table") if known else None
 
