@@ -174,7 +174,7 @@ def test_text_that_cannot_be_scored_is_told(client, path, body):
         ("/v1/score_text", r'{"sequences": [{"prompt": "\ud800", "response": "b"}]}'),
         (
             "/v1/score_text",
-            r'{"sequences": [{"messages": [{"role": "user", "content": "a"}], "response": "\udc00"}]}',
+            r'{"sequences":[{"messages": [{"role":"user","content":"\udc00"}], "response": ""}]}',
         ),
         ("/openrlhf", r'{"query": ["a \ud83d"], "prompts": ["a"]}'),
         ("/v1/score_text", r'{"\ud800": 1, "sequences": []}'),

@@ -200,8 +200,8 @@ def _generate(where: str, seed: int, split: str) -> Iterator[Any]:
         function = getattr(importlib.import_module(module_name), function_name)
     except Exception as error:  # importing runs the user's code, which can raise anything
         raise DataError(
-            f"{where}: cannot be imported ({type(error).__name__}: {error}). Write python:package.module:function and "
-            "put the folder of the package on PYTHONPATH."
+            f"{where}: cannot be imported ({type(error).__name__}: {error}). Write "
+            "python:package.module:function and put the folder of the package on PYTHONPATH."
         ) from error
     try:
         yield from function(seed=seed, split=split)

@@ -169,7 +169,7 @@ def _p(value: float, stderr: float, freedom: float) -> float:
 
 def _least_p(d: np.ndarray) -> float:
     """Of the sign test where all that differ do so in one direction; 1 where none does."""
-    return 2.0 ** (1 - max(1, np.count_nonzero(d)))
+    return 2.0 ** (1 - max(1, int(np.count_nonzero(d))))
 
 
 def _sums(values: Sequence[Sequence[float]]) -> tuple[np.ndarray, np.ndarray]:
