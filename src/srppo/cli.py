@@ -372,7 +372,9 @@ def main() -> None:
         with _joined():
             app()
     except SrppoError as e:
-        typer.echo(f"error{_which()}: {e}", err=True)
+        from srppo.progress import VISIBLE
+
+        typer.echo(f"error{_which()}: {str(e).translate(VISIBLE)}", err=True)
         sys.exit(2)
     except (OSError, RuntimeError) as e:
         if (said := _no_path(e)) is None:
