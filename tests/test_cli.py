@@ -346,6 +346,32 @@ def test_run_directories_that_are_not_there(command, words, tmp_path):
     assert [word for word in words if word not in done.err] == []
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["report", "{}"],
+        ["run", "recipe.yaml", "output_dir={}"],
+        ["run", "recipe.yaml", "model.base={}"],
+        ["run", "recipe.yaml", "data.demonstrations={}"],
+        ["data", "check", "{}"],
+        ["compare", "a={}", "b={}"],
+    ],
+    ids=" ".join,
+)
+@pytest.mark.parametrize(
+    ("path", "words"),
+    [("~no-such-user/x", ["~no-such-user", "user that there is not"]), ("x" * 5000, ["too long"])],
+    ids=["user", "long"],
+)
+def test_paths_that_no_system_knows(arguments, path, words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_recipe(tmp_path)
+    done = srppo_command(*(argument.replace("{}", path) for argument in arguments))
+    assert done.code == 2
+    assert done.err.startswith("error: ")
+    assert any(word in done.err for word in [*words, "is missing", "is not a directory"])
+
+
 def test_a_mistake_in_the_recipe_is_told_at_once(tmp_path):
     """What the shell sees: code 2, one message on stderr, nothing on stdout, no torch loaded."""
     done = python("-X", "importtime", "-m", "srppo", "run", str(tmp_path / "nowhere.yaml"))

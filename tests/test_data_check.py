@@ -54,6 +54,10 @@ def test_what_data_say_does_not_steer_the_terminal(tmp_path: Path):
     assert done.code == 0, done.err
     assert "␛[2J␇ \N{REPLACEMENT CHARACTER}1m[/x]" in done.out
     assert not {"\x1b", "\x07", "\x9b"} & set(done.out)
+    path.write_text(json.dumps({"\x1b[2J": "a"}))
+    done = srppo_command("data", "check", path)
+    assert done.code == 2
+    assert "Columns found: ␛[2J." in done.err
 
 
 def test_without_a_model_lengths_are_bytes(source: Path):

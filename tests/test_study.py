@@ -134,12 +134,20 @@ def test_base_models_that_are_not_there_are_pretrained_first(tmp_path):
         (["miniature-table", "nonsense"], "has no row 'nonsense'"),
         (["miniature-table", "--seeds", "a"], "not whole numbers"),
         (["miniature-table", "ppo.kl=2"], "no such setting"),
+        (["miniature-table", "ppo.kl_coef=[1"], "ppo.kl_coef=[1 do not fit a recipe"),
     ],
 )
 def test_what_cannot_be_reproduced_is_refused(arguments, words, tmp_path):
     done = srppo_command("reproduce", *arguments, "--dry-run", "--out", tmp_path / "out")
     assert done.code == 2
     assert words in " ".join(done.err.split())
+
+
+def test_a_study_that_is_not_utf_8_is_refused(tmp_path):
+    path = tmp_path / "study.yaml"
+    path.write_bytes(b"recipe: \xff.yaml")
+    with pytest.raises(ConfigError, match=r"cannot be read .*utf-8.*Give a name"):
+        Study.load(str(path), [])
 
 
 @pytest.mark.parametrize(

@@ -42,6 +42,8 @@ def test_commas_inside_brackets_and_quotes_stay(tmp_path):
         (["ppo.kl_coef=0.2,0.2"], "two runs of the grid would have the directory"),
         (["ppo.kl_coef=0.2,high"], "ppo.kl_coef='high'"),
         (["ppo.kl=0.2,0.5"], "no such setting"),
+        (["ppo.kl_coef=0.2,0.5", "seed=1", "ppo.kl_coef=0.1"], "ppo.kl_coef is there twice"),
+        (["seed=1,2", "output_dir=a,b"], "output_dir .*cannot be varied. Give one"),
     ],
 )
 def test_grids_that_are_refused_before_anything_runs(settings, words, tmp_path):

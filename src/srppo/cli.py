@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from contextlib import AbstractContextManager, nullcontext
@@ -347,6 +348,21 @@ def _which() -> str:
     return f" in {distributed.name()}"
 
 
+def _no_path(error: OSError | RuntimeError) -> str | None:
+    """What is to be said where no file was looked for, since the system knows no such path."""
+    if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+        return (
+            f"{str(error.filename)[:60]!r}... is too long for a path: nothing can be read or "
+            "written there. Give a shorter one."
+        )
+    if str(error).startswith("Could not determine home directory"):
+        return (
+            "a path begins with ~ and the name of a user that there is not: nothing can be read or "
+            "written there. Write ~/ for your own directory, or the whole path."
+        )
+    return None
+
+
 def main() -> None:
     """Entry point. Errors that a user can meet end with exit code 2 and no traceback."""
     # Threads that wait for each other spin for a while, by default so long that a run beside other
@@ -356,7 +372,14 @@ def main() -> None:
         with _joined():
             app()
     except SrppoError as e:
-        typer.echo(f"error{_which()}: {e}", err=True)
+        from srppo.progress import VISIBLE
+
+        typer.echo(f"error{_which()}: {str(e).translate(VISIBLE)}", err=True)
+        sys.exit(2)
+    except (OSError, RuntimeError) as e:
+        if (said := _no_path(e)) is None:
+            raise
+        typer.echo(f"error{_which()}: {said}", err=True)
         sys.exit(2)
     except signals.Interrupted as e:
         typer.echo(f"{e}: the same command goes on from here", err=True)

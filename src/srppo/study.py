@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from pydantic import Field
 from rich import box
 from rich.console import Console
@@ -74,7 +75,7 @@ class Study:
         path = Path(name) if name.endswith(".yaml") else _shipped() / f"{name}.yaml"
         try:
             tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (OSError, yaml.YAMLError) as e:
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as e:
             raise ConfigError(
                 f"study {str(path)!r} cannot be read ({e}): nothing to reproduce. Give a name of: "
                 f"{', '.join(sorted(p.stem for p in _shipped().glob('*.yaml')))}; or a file."
@@ -169,7 +170,14 @@ class Study:
         changes = {**self.config.settings, **self.config.variants[variant], **own, "seed": seed}
         for key, value in changes.items():
             OmegaConf.update(tree, key, value, merge=False, force_add=True)
-        merged = OmegaConf.merge(tree, OmegaConf.from_dotlist(self.overrides))
+        try:
+            merged = OmegaConf.merge(tree, OmegaConf.from_dotlist(self.overrides))
+        except (OmegaConfBaseException, yaml.YAMLError, ValueError, TypeError) as e:
+            raise ConfigError(
+                f"the settings {' '.join(self.overrides)} do not fit a recipe of study {self.name} "
+                f"({' '.join(str(e).split())}): nothing is run. Write key.sub=value, brackets and "
+                "quotes closed."
+            ) from e
         plain: Any = OmegaConf.to_container(merged, resolve=True)
         return plain
 

@@ -63,11 +63,23 @@ def grid(source: str, settings: list[str]) -> list[Point]:
     output_dir.
 
     Raises:
-        ConfigError: a setting without values, a combination that is no recipe, two with one name.
+        ConfigError: a setting without values or twice, a combination that is no recipe, two with
+            one name.
     """
     keys = [_split(item) for item in settings]
     fixed = [f"{key}={values[0]}" for key, values in keys if len(values) == 1]
     varied = [(key, values) for key, values in keys if len(values) > 1]
+    names = [key for key, _ in keys]
+    if twice := [key for key in names if names.count(key) > 1]:
+        raise ConfigError(
+            f"{twice[0]} is there twice: the later values would hide the former. Write them as "
+            f"one: {twice[0]}=value,value."
+        )
+    if "output_dir" in dict(varied):
+        raise ConfigError(
+            "output_dir is where all runs of the grid lie, each in a directory of its own: it "
+            "cannot be varied. Give one."
+        )
     root = load_recipe(source, fixed + [f"{key}={values[0]}" for key, values in varied]).run_dir
     if (root / "run.json").is_file():
         raise ConfigError(

@@ -10,6 +10,8 @@ from srppo.data.schemas import SCHEMAS, Message, Reading, RowError, answered, sc
 
 HH = "\n\nHuman: Hi there\n\nAssistant: Hello!\n\nHuman: Capital of Peru?\n\nAssistant: Lima."
 COMPLETIONS = [
+    {"fine-grained_score": "nan", "response": "no number"},
+    {"fine-grained_score": -(10**400), "response": "no float"},
     {"fine-grained_score": "N/A", "response": "worst"},
     {"fine-grained_score": 3.0, "response": "best"},
     {"fine-grained_score": "2.5", "response": "fair"},

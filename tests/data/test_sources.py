@@ -226,6 +226,10 @@ def test_a_card_that_names_the_files_is_obeyed_and_any_other_readme_is_not_read(
     card = tmp_path / "README.md"
     card.write_text("# Mine\nconfigs: none\n")
     assert read(str(tmp_path)) == [*ROWS, ROWS[0]]
+    card.unlink()
+    card.mkdir()
+    assert read(str(tmp_path)) == [*ROWS, ROWS[0]]
+    card.rmdir()
     card.write_text("---\nconfigs:\n- config_name: default\n  data_files: two.jsonl\n---\n# Mine\n")
     assert read(str(tmp_path)) == ROWS[:1]
 
@@ -370,6 +374,13 @@ def test_generator_gets_seed_and_split(module: Callable[[str, str], None]):
 def test_generator_that_cannot_be_imported(source: str):
     with pytest.raises(DataError, match=r"PYTHONPATH"):
         read(source)
+
+
+@pytest.mark.parametrize("code", ["def rows(", "1 / 0", "import no_such_module_xyz"])
+def test_generator_whose_module_fails_is_named(module: Callable[[str, str], None], code: str):
+    module("c_world", code)
+    with pytest.raises(DataError, match=r"python:c_world:rows: cannot be imported .*PYTHONPATH"):
+        read("python:c_world:rows")
 
 
 def test_generator_that_fails_is_named(module: Callable[[str, str], None]):

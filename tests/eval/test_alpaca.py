@@ -189,6 +189,7 @@ def test_blanks_around_an_instruction_do_not_matter(data):
             "none of 3 pair.*has a preference",
         ),
         ([{**annotations(1)[0], "preference": "M"}], "preference 'M' is no number"),
+        ([{**annotations(1)[0], "output_2": 7}], "output_2 7 is no text"),
         (
             [{**r, "generator_2": str(i)} for i, r in enumerate(annotations(2))],
             r"generator_2 is 2 different names \(0, 1\)",

@@ -217,7 +217,9 @@ def test_nothing_that_fits_is_an_error():
         match([{"prompt": "Who?", "response": "x"}], QUESTIONS, [])
 
 
-@pytest.mark.parametrize("text", ["[1, 2]", '"x"', '{"prompt": "a"}\n{"prompt": ', "nonsense"])
+@pytest.mark.parametrize(
+    "text", ["[1, 2]", '"x"', '{"prompt": "a"}\n{"prompt": ', "nonsense", "[" * 10**5]
+)
 def test_files_that_hold_no_responses(tmp_path, text):
     (tmp_path / "x.json").write_text(text)
     with pytest.raises(DataError, match="nothing is scored"):
@@ -276,6 +278,7 @@ def test_a_name_for_the_file(data_dir, tmp_path):
         (["--task", "gpqa"], "decided by likelihoods"),
         ([], "not clear what to measure"),
         (["--task", "nonsense"], "not known"),
+        (["--task", "gsm8k,ifeval"], "questions of one task. Name that one"),
     ],
 )
 def test_what_cannot_be_scored(data_dir, tmp_path, flags, says):

@@ -197,6 +197,20 @@ def test_files_that_are_not_the_benchmarks(tmp_path, damage, says):
     assert SECRET not in str(e.value)
 
 
+@pytest.mark.parametrize("kwargs", ["[{}]", [], ["{}"], [{}, {}]])
+def test_ifevals_arguments_that_are_none(tmp_path, kwargs):
+    write_jsonl(tmp_path / "ifeval.jsonl", [IFEVAL[1] | {"kwargs": kwargs}])
+    with pytest.raises(DataError, match=r"question 2 of ifeval: kwargs is .*own file"):
+        load_questions(BENCHMARKS["ifeval"], tmp_path, 0)
+
+
+def test_an_instruction_without_a_checker_is_found_before_anything_is_asked(with_punkt, tmp_path):
+    require_punkt(with_punkt)
+    write_jsonl(tmp_path / "ifeval.jsonl", [IFEVAL[1] | {"instruction_id_list": ["a:new_one"]}])
+    with pytest.raises(DataError, match=r"question 2 .*'a:new_one', which lm-eval cannot check"):
+        task_of("ifeval", tmp_path)
+
+
 def test_too_few_examples_for_a_prompt(tmp_path):
     rows = [{"question": q, "answer": a} for q, a in GSM8K]
     write_jsonl(tmp_path / "gsm8k_test.jsonl", rows)

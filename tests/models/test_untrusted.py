@@ -7,6 +7,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
+from transformers import OPTConfig, OPTForCausalLM
 
 import tiny
 from runs import srppo_command, write_recipe
@@ -58,6 +59,27 @@ def test_sizes_that_the_weights_do_not_have_are_refused_before_anything_is_made(
     edit(directory / "config.json", **{key: SIZES[key]})
     with pytest.raises(ModelError, match=rf"config\.json states {key}={SIZES[key]}, more than"):
         load_model(str(directory))
+
+
+@pytest.mark.parametrize(
+    ("key", "size", "words"),
+    [
+        ("ffn_dim", 10**9, "a model of 65"),  # 32 rows up, 32 down, a bias
+        ("max_position_embeddings", 10**11, "a model of 32"),
+        ("ffn_dim", 2**62, "a model that cannot be built"),
+    ],
+)
+def test_sizes_by_any_name_are_counted_before_anything_is_made(tmp_path, key, size, words):
+    """Learned positions, and a width that others call otherwise."""
+    sizes = {"vocab_size": 24, "hidden_size": 32, "num_attention_heads": 4, "ffn_dim": 48}
+    config = OPTConfig(
+        **sizes, word_embed_proj_dim=32, num_hidden_layers=1, max_position_embeddings=64
+    )
+    OPTForCausalLM(config).save_pretrained(tmp_path)
+    check_directory(str(tmp_path))
+    edit(tmp_path / "config.json", **{key: size})
+    with pytest.raises(ModelError, match=rf"config\.json describes {words}.*fit its"):
+        load_model(str(tmp_path))
 
 
 def test_nested_configurations_are_looked_into(directory):

@@ -90,8 +90,9 @@ def test_sizes_are_read(text, size):
 
 
 def test_what_is_no_size_and_no_gpu_is_refused():
-    with pytest.raises(ConfigError, match=r"--memory 'much' is not a size.*80GB"):
-        parse_bytes("much", "--memory")
+    for text in ("much", "0GB", "0.0T"):
+        with pytest.raises(ConfigError, match=rf"--memory '{text}' is not a size.*80GB"):
+            parse_bytes(text, "--memory")
     with pytest.raises(ConfigError, match=r"--gpu B9000 is not in srppo's table.*H100"):
         find_device(recipe({"demonstrations": "gsm8k"}), "B9000", None)
     found = find_device(recipe({"demonstrations": "gsm8k"}), "H100", "40GB")

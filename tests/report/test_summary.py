@@ -174,6 +174,53 @@ def test_a_run_without_results_is_named(runs, tmp_path):
         summarise([*runs, unfinished])
 
 
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        ({"reward": None, "scores": {}}, "reward is None"),
+        ({"scores": {"accuracy": "high"}}, "accuracy is 'high'"),
+        ({"eos_rate": None}, "eos_rate is None"),
+        ({"scores": 3}, "TypeError"),
+    ],
+)
+def test_results_that_are_not_whole_are_named(runs, damage, words):
+    path = runs[1] / "results.json"
+    results = json.loads(path.read_text())
+    results["rows"][1] |= damage
+    path.write_text(json.dumps(results))
+    with pytest.raises(ConfigError, match=rf"results\.json is not whole.*{words}.*srppo run"):
+        summarise(runs)
+    for key in ("model", "decoding", "group", "scores", "response_length"):
+        results["rows"][1] = {k: v for k, v in results["rows"][0].items() if k != key}
+        path.write_text(json.dumps(results))
+        with pytest.raises(ConfigError, match=rf"results\.json is not whole.*KeyError: '{key}'"):
+            summarise(runs)
+    path.write_text('{"rows": [1]}')
+    with pytest.raises(ConfigError, match=r"results\.json is not whole"):
+        summarise(runs)
+
+
+@pytest.mark.parametrize(
+    ("changes", "key"),
+    [
+        ({"model": {"base": "b", "dtype": "bfloat16"}}, "model.dtype"),
+        ({"model": {"base": "b", "dtype": "float32", "lora": {"rank": 4}}}, "model.lora"),
+        ({"ppo": {}}, "ppo"),
+    ],
+)
+def test_only_which_models_they_are_may_differ(runs, changes, key):
+    recipe = {"seed": 0, "model": {"base": "a", "sft": "c", "dtype": "float32"}}
+    other = {"seed": 1, "model": {"base": "b", "sft": "d", "dtype": "float32"}}
+    for path, settings in zip(runs[:2], (recipe, other), strict=True):
+        (path / "run.json").write_text(json.dumps({"recipe": settings}))
+    assert summarise(runs[:2])
+    for first, second in ((0, 1), (1, 0)):
+        (runs[first] / "run.json").write_text(json.dumps({"recipe": recipe}))
+        (runs[second] / "run.json").write_text(json.dumps({"recipe": other | changes}))
+        with pytest.raises(ConfigError, match=f"differ in '{key}'"):
+            summarise(runs[:2])
+
+
 def test_no_run_at_all_is_named(tmp_path):
     with pytest.raises(RunDirError, match="nowhere"):
         summarise([tmp_path / "nowhere"])

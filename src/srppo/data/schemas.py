@@ -15,6 +15,7 @@ The first line that fits counts. Roles human and gpt are read as user and assist
 `system` beside any of them but lists of turns is the system turn, unless empty.
 """
 
+import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -234,9 +235,10 @@ def _best_completion(completions: Any) -> list[Message]:
 def _score(value: Any) -> float:
     """The number, or -inf where there is none ("N/A" occurs)."""
     try:
-        return float(value)
-    except (TypeError, ValueError):
-        return float("-inf")
+        score = float(value)
+    except (TypeError, ValueError, OverflowError):
+        return -math.inf
+    return -math.inf if math.isnan(score) else score
 
 
 def _human_assistant(chosen: Any) -> list[Message]:

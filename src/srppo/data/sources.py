@@ -136,7 +136,7 @@ def _names_its_files(card: Path) -> bool:
     """Whether a data set card says which files are which split; then `datasets` reads them."""
     try:
         text = card.read_text(encoding="utf-8", errors="replace")
-    except FileNotFoundError:
+    except (FileNotFoundError, IsADirectoryError):
         return False
     return text.startswith("---") and "configs:" in text.split("\n---", 1)[0]
 
@@ -198,10 +198,10 @@ def _generate(where: str, seed: int, split: str) -> Iterator[Any]:
     module_name, _, function_name = where.removeprefix("python:").partition(":")
     try:
         function = getattr(importlib.import_module(module_name), function_name)
-    except (ImportError, AttributeError, ValueError) as error:
+    except Exception as error:  # importing runs the user's code, which can raise anything
         raise DataError(
-            f"{where}: cannot be imported ({error}). Write python:package.module:function and "
-            "put the folder of the package on PYTHONPATH."
+            f"{where}: cannot be imported ({type(error).__name__}: {error}). Write "
+            "python:package.module:function and put the folder of the package on PYTHONPATH."
         ) from error
     try:
         yield from function(seed=seed, split=split)

@@ -126,24 +126,31 @@ def _frame(rows: dict[int, Row], references: References) -> DataFrame:
     """The columns that alpaca-eval reads, under the instructions' numbers; NaN: not judged."""
     from pandas import DataFrame
 
-    columns = (
-        *("output_1", "output_2", "generator_1", "generator_2"),
-        *("annotator", "glm_preference"),
-    )
-    frame = DataFrame(
+    columns = ("generator_1", "generator_2", "annotator", "glm_preference")
+    return DataFrame(
         [
             {
                 "instruction": references.outputs[i]["instruction"],
                 "preference": _preference(row),
+                "output_1": _output(row, "output_1"),
+                "output_2": _output(row, "output_2"),
                 **{key: row.get(key) for key in columns},
             }
             for i, row in rows.items()
         ],
         index=list(rows),
     )
-    return frame.assign(
-        output_1=frame["output_1"].fillna(""), output_2=frame["output_2"].fillna("")
-    )
+
+
+def _output(row: Row, key: str) -> str:
+    """Text; none is an empty one."""
+    value = row.get(key)
+    if not isinstance(value, str | None):
+        raise DataError(
+            f"{key} {value!r:.40} is no text: that pair cannot be scored. Put the response itself "
+            "there, in quotes."
+        )
+    return value or ""
 
 
 def _preference(row: Row) -> float:

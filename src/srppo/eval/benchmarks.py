@@ -251,6 +251,14 @@ def _not_there(
 
 def _ifeval(row: Row, seed: int) -> Row:
     """Arguments that are null left out: a table has them wherever another question has them."""
+    given, names = row["kwargs"], row["instruction_id_list"]
+    lists = isinstance(given, list) and isinstance(names, list) and len(given) == len(names)
+    if not lists or not all(isinstance(a, dict) for a in given):
+        raise DataError(
+            f"question {row['key']} of ifeval: kwargs is {given!r:.60}, not a list with one object "
+            f"for each of instruction_id_list, {names!r:.60}: its responses could not be checked. "
+            "Give the benchmark's own file."
+        )
     return row | {"kwargs": [{k: v for k, v in a.items() if v is not None} for a in row["kwargs"]]}
 
 

@@ -213,13 +213,16 @@ def _prepare_task(plan: Plan, benchmark: Benchmark, settings: Settings, shots: b
         return
     from srppo.eval.tasks import Task  # imports lm-eval, which for IFEval asks for punkt_tab
 
-    plan.tasks[name] = Task(
-        benchmark,
-        questions.first(settings.limit),
-        seed=seed,
-        shots=shots,
-        max_tokens=settings.max_tokens,
-    )
+    try:
+        plan.tasks[name] = Task(
+            benchmark,
+            questions.first(settings.limit),
+            seed=seed,
+            shots=shots,
+            max_tokens=settings.max_tokens,
+        )
+    except SrppoError as e:
+        plan.checks.append(Check(f"{name}: questions", "problem", str(e)))
 
 
 def _prepare_alpaca(plan: Plan, settings: Settings, judge: Judge | None) -> None:

@@ -69,7 +69,7 @@ def load_references(data_dir: Path | None, offline: bool) -> References:
     try:
         rows = json.loads(path.read_text(encoding="utf-8"))
         pairs = json.dumps([[row["instruction"], row["output"]] for row in rows])
-    except (OSError, ValueError, KeyError, TypeError) as e:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as e:
         raise DataError(
             f"{path} is no list of objects with instruction and output ({type(e).__name__}: {e}): "
             f"there is nothing to compare with. Get {REFERENCES[1]} of {HUB} anew."

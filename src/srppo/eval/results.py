@@ -204,7 +204,7 @@ def _read(path: Path) -> Row:
         if record["schema"] != SCHEMA:
             raise ValueError(f"schema {record['schema']}")
         return {k: record[k] for k in ("model", "config", "created", "tasks")}
-    except (OSError, ValueError, KeyError, TypeError) as e:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as e:
         raise RunDirError(
             f"{path / 'results.json'} is no evaluation of this srppo ({type(e).__name__}: {e}): "
             "writing there could overwrite somebody's file. Give another --out."

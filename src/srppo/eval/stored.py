@@ -42,12 +42,12 @@ def read_rows(path: Path) -> list[Row]:
         raise DataError(f"{path} cannot be read ({e}): nothing is scored. Check the path.") from e
     try:
         return _rows_in(json.loads(text))
-    except ValueError as whole:
+    except (ValueError, RecursionError) as whole:
         lines = [line for line in text.split("\n") if line.strip()]
         for number, line in enumerate(lines, start=1):
             try:
                 lines[number - 1] = json.loads(line)
-            except ValueError as e:
+            except (ValueError, RecursionError) as e:
                 raise DataError(
                     f"{path} is neither JSON ({whole}) nor JSONL (line {number}: {e}): nothing is "
                     "scored. Mend it, or write one object per line."
@@ -173,7 +173,12 @@ def evaluate_stored(
 
     Raises: as `score_stored`; ConfigError: a task that responses cannot be scored on.
     """
-    (task,) = settings.tasks
+    task = settings.tasks[0]
+    if len(settings.tasks) > 1:
+        raise ConfigError(
+            f"--task {','.join(settings.tasks)}: a file holds responses to the questions of one "
+            "task. Name that one."
+        )
     name, equals, file = responses.partition("=")
     path = Path(file if equals and "/" not in name else responses)
     name = name if equals and "/" not in name else path.stem

@@ -26,7 +26,21 @@ from lm_eval.evaluator import evaluate
 from lm_eval.tasks import TaskManager
 from tqdm import tqdm
 
+from srppo.errors import DataError
 from srppo.eval.benchmarks import Benchmark, Questions, Row, sha256
+
+
+def _require_known(docs: Sequence[Row]) -> None:
+    """Raises DataError where lm-eval has no checker for one of IFEval's instructions."""
+    from lm_eval.tasks.ifeval.instructions_registry import INSTRUCTION_DICT  # wants punkt_tab
+
+    for doc in docs:
+        if unknown := [name for name in doc["instruction_id_list"] if name not in INSTRUCTION_DICT]:
+            raise DataError(
+                f"question {doc['key']} of ifeval has the instruction {unknown[0]!r}, which "
+                "lm-eval cannot check: it could not be scored, after all responses are made. Give "
+                "the benchmark's own file."
+            )
 
 
 class _Docs(list[Row]):
@@ -54,6 +68,8 @@ class Task:
         a response; without `shots` no example is in the prompt."""
         self.benchmark = benchmark
         self.questions = questions
+        if benchmark.name == "ifeval":
+            _require_known(questions.docs)
         self.at_random: list[int] = []
         """Keys of IFEval's questions whose scoring drew random numbers."""
         with quiet(), unmoved():

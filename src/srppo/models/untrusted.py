@@ -11,7 +11,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import safe_open
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from srppo.errors import ModelError
 
@@ -35,6 +37,9 @@ WIDTHS = (
     "d_ff",
 )
 """Of config.json, with LAYERS: each is a number of rows or columns of some weight."""
+PACKED = 16
+"""Numbers of a model that one stored number may stand for, at most: eight of 4 bits in 32 are
+usual; the rest is for tables that are made anew, not stored."""
 
 KERNELS = ("attn_implementation", "_attn_implementation")
 """Of config.json: the code that attention runs."""
@@ -62,6 +67,28 @@ def check_directory(path: str) -> None:
         for key, most in [*((k, tensors) for k in LAYERS), *((k, elements) for k in WIDTHS)]:
             for value in _values(stated, key):
                 _require_size(directory / "config.json", key, value, most)
+        _check_whole(directory, elements)
+
+
+def _check_whole(directory: Path, elements: int) -> None:
+    """Whatever its settings are called: the model is built without contents, and counted."""
+    config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        numbers = sum(x.numel() for x in (*model.parameters(), *model.buffers()))
+    except RuntimeError as e:  # more than 64 bits can count
+        raise ModelError(_too_large(directory, f"that cannot be built ({e})", elements)) from e
+    if numbers > PACKED * elements:
+        raise ModelError(_too_large(directory, f"of {numbers} numbers", elements))
+
+
+def _too_large(directory: Path, what: str, elements: int) -> str:
+    return (
+        f"{directory / 'config.json'} describes a model {what}, and its weights hold {elements}: "
+        "to make room for it could fill the memory. Give a directory whose weights fit its "
+        "configuration."
+    )
 
 
 def _check_index(index: Path) -> None:

@@ -40,9 +40,9 @@ def find_device(recipe: Recipe, gpu: str | None, memory: str | None, nproc: int 
 def parse_bytes(text: str, option: str) -> float:
     """`80GB`, `24GiB`, `500 MB`: bytes."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT])(i?)B?\s*", text, re.IGNORECASE)
-    if not match:
+    if not match or not float(match[1]):
         raise ConfigError(
-            f"{option} {text!r} is not a size: there is nothing to reckon with. Write, for "
+            f"{option} {text!r} is not a size above 0: there is nothing to reckon with. Write, for "
             "example, 80GB or 24GiB."
         )
     number, prefix, binary = match.groups()

@@ -10,7 +10,7 @@ from typing import Any
 from scipy.stats import t as student_t
 
 from srppo.errors import ConfigError
-from srppo.report.read import mapping, read
+from srppo.report.read import mapping, number, read
 from srppo.report.terminal import changed_on_the_way
 
 Key = tuple[str, str]  # model, decoding
@@ -86,23 +86,42 @@ def _columns(path: Path) -> dict[Key, dict[str, float]]:
         raise ConfigError(
             f"{path} holds no results: it cannot be part of a summary. Finish it with `srppo run`."
         )
+    try:
+        return _table(results["rows"])
+    except (KeyError, TypeError, ValueError) as e:
+        raise ConfigError(
+            f"{path / 'results.json'} is not whole ({type(e).__name__}: {e}): the run cannot be "
+            "part of a summary. Restore the file from a copy, or evaluate anew with `srppo run`."
+        ) from e
+
+
+def _table(rows: list[dict[str, Any]]) -> dict[Key, dict[str, float]]:
+    """Raises KeyError, TypeError or ValueError where something of a row is missing."""
     table: dict[Key, dict[str, float]] = {}
-    rows: list[dict[str, Any]] = results["rows"]
+    groups: dict[Key, list[dict[str, Any]]] = {}
     for row in rows:
-        columns = table.setdefault((row["model"], row["decoding"]), {})
-        for name, value in mapping(row, "scores").items():
-            columns[f"{name} {row['group']}"] = value
-        if not row["scores"]:
-            columns[f"reward {row['group']}"] = row["reward"]
-    for (model, decoding), columns in table.items():
-        mine = [r for r in rows if (r["model"], r["decoding"]) == (model, decoding)]
-        columns["length"] = math.fsum(r["response_length"] for r in mine) / len(mine)
-        columns["EOS"] = math.fsum(r["eos_rate"] for r in mine) / len(mine)
+        key = str(row["model"]), str(row["decoding"])
+        groups.setdefault(key, []).append(row)
+        columns = table.setdefault(key, {})
+        scores = row["scores"] or {"reward": row["reward"]}
+        for name in dict(scores):
+            columns[f"{name} {row['group']}"] = _number(scores, name)
+    for key, columns in table.items():
+        mine = groups[key]
+        columns["length"] = math.fsum(_number(r, "response_length") for r in mine) / len(mine)
+        columns["EOS"] = math.fsum(_number(r, "eos_rate") for r in mine) / len(mine)
     return table
 
 
+def _number(row: dict[str, Any], key: str) -> float:
+    value = number(row[key])
+    if value is None:
+        raise ValueError(f"{key} is {row[key]!r}")
+    return value
+
+
 def _require_one_recipe(run_dirs: list[Path]) -> None:
-    """Only seed, base model and place may differ, and every seed counts once."""
+    """Only seed, base and SFT model and place may differ, and every seed counts once."""
     recipes = [mapping(read(path).run, "recipe") for path in run_dirs]
     seeds = [recipe.get("seed") for recipe in recipes]
     if repeated := {s for s in seeds if s is not None and seeds.count(s) > 1}:
@@ -110,13 +129,21 @@ def _require_one_recipe(run_dirs: list[Path]) -> None:
             f"seed {repeated.pop()} is there more than once: the same run counted twice makes "
             "intervals too narrow. Give each run another seed."
         )
-    for path, recipe in zip(run_dirs[1:], recipes[1:], strict=True):
-        for key in recipe.keys() - {"seed", "output_dir", "model"}:
-            if recipe[key] != recipes[0].get(key):
+    first = _settings(recipes[0])
+    for path, recipe in zip(run_dirs[1:], map(_settings, recipes[1:]), strict=True):
+        for key in sorted(recipe.keys() | first.keys()):
+            if recipe.get(key) != first.get(key):
                 raise ConfigError(
                     f"{path} and {run_dirs[0]} differ in {key!r}: a mean over them would mix two "
                     "experiments. Summarise runs that differ in the seed only."
                 )
+
+
+def _settings(recipe: dict[str, Any]) -> dict[str, Any]:
+    """What must be the same: of the models, all but which ones they are."""
+    model = {f"model.{key}": value for key, value in mapping(recipe, "model").items()}
+    placed = ("seed", "output_dir", "model", "model.base", "model.sft")
+    return {key: value for key, value in {**recipe, **model}.items() if key not in placed}
 
 
 def _measured(run: dict[Key, dict[str, float]]) -> set[tuple[str, str, str]]:
