@@ -290,8 +290,7 @@ def fingerprint(name: str) -> str:
     sha256 of its files."""
     path = resolve(name)
     if not Path(path).is_dir():
-        with loading("configuration", name):
-            return str(AutoConfig.from_pretrained(path, trust_remote_code=False)._commit_hash)
+        return str(load_config(name)._commit_hash)
     digest = hashlib.sha256()
     for file in sorted(p for p in Path(path).iterdir() if p.suffix in (".json", ".safetensors")):
         with file.open("rb") as content:
