@@ -21,9 +21,11 @@ MINIATURE = "srppo:miniature"
 PROMPT = "\n> "
 
 
-def piped(text, *arguments):
+def piped(text, *arguments, errors="strict"):
     """(exit code, standard output, standard error)"""
-    with mock.patch.object(sys, "stdin", io.StringIO(text)):
+    text = text.encode() if isinstance(text, str) else text
+    stdin = io.TextIOWrapper(io.BytesIO(text), encoding="utf-8", errors=errors)
+    with mock.patch.object(sys, "stdin", stdin):
         done = srppo_command("chat", *arguments)
     return done.code, done.out, done.err
 
@@ -176,6 +178,24 @@ def test_bad_input(arguments, words):
     assert done.code == 2
     assert done.out == ""
     assert [word for word in words if word not in done.err] == []
+
+
+@pytest.mark.parametrize("errors", ["strict", "surrogateescape"])  # the latter where LANG is C
+def test_what_is_piped_in_is_utf_8(errors):
+    code, _, err = piped(b"copy : a\ncopy : \xff b\n", MINIATURE, errors=errors)
+    assert code == 2
+    assert "standard input is not UTF-8 (" in err
+    assert "iconv -t UTF-8" in err
+
+
+def test_a_template_that_fails_is_told(tmp_path):
+    tiny.model().save_pretrained(tmp_path)
+    tokenizer = tiny.tokenizer()
+    tokenizer.chat_template = "{{ 1 / 0 }}"
+    tokenizer.save_pretrained(tmp_path)
+    code, _, err = piped("a\n", tmp_path)
+    assert code == 2
+    assert "refused by the chat template (division by zero)" in err
 
 
 def test_a_system_message_is_all_models_or_none_s(tmp_path):

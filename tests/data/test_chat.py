@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from tokenizers import normalizers
 from transformers import PreTrainedTokenizerFast
 
-from srppo.data.chat import apply_template, encode, prompt_ids, prompt_text
+from srppo.data.chat import apply_template, closing, encode, prompt_ids, prompt_text
 from srppo.data.schemas import RowError
 from srppo.errors import ModelError
 
@@ -149,6 +149,17 @@ def test_template_refusal_is_a_reason(make_tokenizer: Make, strict_template: str
     tokenizer.chat_template = strict_template
     with pytest.raises(RowError, match=r"refused by the chat template \(roles must alternate\)"):
         prompt_ids(tokenizer, user("a") + user("b"))
+
+
+@pytest.mark.parametrize(
+    "template", ["{{ 1 / 0 }}", "{{ messages[7].content }}", "{{ 'a'.index('b') }}"]
+)
+def test_templates_that_fail_are_a_reason(make_tokenizer: Make, template: str):
+    tokenizer = make_tokenizer("byte_level")
+    tokenizer.chat_template = template
+    with pytest.raises(RowError, match=r"refused by the chat template \(."):
+        prompt_ids(tokenizer, user("a"))
+    assert closing(tokenizer) == ""
 
 
 def test_missing_eos_and_template_name_the_cure(make_tokenizer: Make):

@@ -57,6 +57,20 @@ def test_gsm8k_answers_in_several_formats(data_dir, tmp_path, response, question
     assert entry["empty"] == (not response)
 
 
+@pytest.mark.parametrize("task", ["gsm8k", "alpaca_eval"])
+@pytest.mark.parametrize("column", ["prompt", "response", "id"])
+def test_half_a_character_is_named_with_its_row(data_dir, tmp_path, task, column):
+    path = tmp_path / "r.jsonl"
+    good = {"prompt": QUESTIONS[0], "response": "#### 18", "id": "1"}
+    path.write_text("".join(json.dumps(r) + "\n" for r in [good, {**good, column: "a\ud83d"}]))
+    done = srppo_command(
+        "eval", "--responses", path, "--task", task, "--data-dir", data_dir, "--out", tmp_path / "o"
+    )
+    assert done.code == 2
+    assert f"{path}, row 2 holds half a character ('\\ud83d' alone)" in done.err
+    assert not (tmp_path / "o").exists()
+
+
 class Said(LM):
     """Says what was stored, to whatever lm-eval asks."""
 

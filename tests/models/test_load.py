@@ -9,6 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import tiny
+from srppo.chat.speaker import Speaker
+from srppo.config import ModelConfig
 from srppo.errors import ModelError
 from srppo.miniature import BASE
 from srppo.models.load import (
@@ -22,6 +24,7 @@ from srppo.models.load import (
     pick_device,
     resolve,
 )
+from srppo.models.start import start_tokenizer
 
 WEIGHTS = "model.safetensors"
 
@@ -261,21 +264,28 @@ def test_a_tokenizer_that_is_missing_or_broken(damage, directory):
 
 
 def test_a_tokenizer_with_more_tokens_than_the_model_has_is_refused(directory):
-    """Texts with such a token would end stage 1 with an IndexError."""
+    """Texts with such a token would end stage 1 and `srppo chat` with an IndexError."""
     tokenizer = load_tokenizer(str(directory))
     size = load_model(str(directory)).config.vocab_size
     assert len(tokenizer) == size
     tokenizer.add_tokens(["<extra>"])
     tokenizer.save_pretrained(directory)
-    with pytest.raises(ModelError, match=f"has {size + 1} tokens, '<extra>' with the id {size}"):
-        load_tokenizer(str(directory))
+    for start in (
+        lambda: start_tokenizer(ModelConfig(base=str(directory))),
+        lambda: Speaker.load("x", str(directory), "float32", "cpu"),
+    ):
+        with pytest.raises(
+            ModelError, match=f"has {size + 1} tokens, '<extra>' with the id {size}"
+        ):
+            start()
 
 
 def test_a_model_may_have_more_embeddings_than_tokens(directory):
     model = load_model(str(directory))
     model.resize_token_embeddings(128)
     model.save_pretrained(directory)
-    assert len(load_tokenizer(str(directory))) < model.config.vocab_size == 128
+    tokenizer = start_tokenizer(ModelConfig(base="srppo:miniature", sft=str(directory)))
+    assert len(tokenizer) < model.config.vocab_size == 128
 
 
 def test_a_model_directory_without_tokenizer_is_said_to_have_none(directory):

@@ -21,7 +21,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from srppo.data.chat import apply_template, prompt_ids
 from srppo.data.schemas import Message
 from srppo.errors import ModelError, SrppoError
-from srppo.models.load import load_model, load_tokenizer
+from srppo.models.load import check_ids, load_model, load_tokenizer
 from srppo.models.save import as_trained
 from srppo.train.checkpoint import model_in
 
@@ -69,6 +69,7 @@ class Speaker:
         own_template = tokenizer.chat_template is not None
         apply_template(tokenizer)
         model = load_model(path, dtype, device)
+        check_ids(tokenizer, model.config, source)
         model.generation_config = _sampling(model.generation_config, tokenizer, max_tokens)
         speaker = Speaker(name, source, model, tokenizer, own_template)
         if speaker.context is not None:

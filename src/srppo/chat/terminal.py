@@ -133,6 +133,12 @@ class Conversation:
         while True:
             try:
                 line = input(("… " if parts else "> ") if self.interactive else "")
+                line.encode()  # where the locale is C, bytes that are no text come as surrogates
+            except UnicodeError as e:
+                raise ConfigError(
+                    f"standard input is not UTF-8 ({e}): no model could read it. "
+                    "Convert what is piped in, as with iconv -t UTF-8."
+                ) from e
             except EOFError:
                 if self.interactive:
                     self.note("")

@@ -26,6 +26,34 @@ def judge_of(
     return LocalJudge(local, device=device, dtype=dtype) if local else None
 
 
+def check_benchmarks(recipe: Recipe, *, with_base: bool) -> None:
+    """Raises ConfigError where `RunBenchmarks` would; without the base if that is not here."""
+    settings, judge = _asked(recipe, "auto")
+    models = [f"base={recipe.model.base}"] if with_base else []
+    prepare(models, settings, judge=judge).require()
+
+
+def _asked(recipe: Recipe, template: str) -> tuple[Settings, Judge | None]:
+    """What the models are asked, and who judges."""
+    wanted, model = recipe.eval.benchmarks, recipe.model
+    settings = Settings(
+        tuple(wanted.tasks),
+        limit=wanted.limit,
+        max_tokens=wanted.max_tokens,
+        seed=recipe.seed,
+        data_dir=Path(wanted.data_dir).expanduser() if wanted.data_dir else None,
+        chat_template=template,
+        batch_tokens=recipe.ppo.max_tokens_per_batch,
+        dtype=model.dtype,
+        device=model.device,
+        shard=model.shard,
+        shard_sampling=model.shard_sampling,
+    )
+    return settings, judge_of(
+        wanted.judge_url, wanted.judge_model, wanted.judge, model.device, model.dtype
+    )
+
+
 class RunBenchmarks:
     """Those of one recipe, for its base, SFT model and policy: all through the run's template, the
     base also without."""
@@ -36,25 +64,10 @@ class RunBenchmarks:
         Raises:
             ConfigError: all that would fail after training and can be known now.
         """
-        wanted, model = recipe.eval.benchmarks, recipe.model
+        wanted = recipe.eval.benchmarks
         self.reporter = reporter
-        self.settings = Settings(
-            tuple(wanted.tasks),
-            limit=wanted.limit,
-            max_tokens=wanted.max_tokens,
-            seed=recipe.seed,
-            data_dir=Path(wanted.data_dir).expanduser() if wanted.data_dir else None,
-            chat_template=str(template),
-            batch_tokens=recipe.ppo.max_tokens_per_batch,
-            dtype=model.dtype,
-            device=model.device,
-            shard=model.shard,
-            shard_sampling=model.shard_sampling,
-        )
-        self.judge = judge_of(
-            wanted.judge_url, wanted.judge_model, wanted.judge, model.device, model.dtype
-        )
-        prepare([f"base={model.base}"], self.settings, judge=self.judge).require()
+        self.settings, self.judge = _asked(recipe, str(template))
+        prepare([f"base={recipe.model.base}"], self.settings, judge=self.judge).require()
         self.during: Benchmarks | None = None
         """Asked while the policy trains."""
         if wanted.every_limit:

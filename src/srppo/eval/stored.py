@@ -18,6 +18,7 @@ from huggingface_hub import constants
 from srppo.errors import ConfigError, DataError
 from srppo.eval.benchmarks import BENCHMARKS, Row
 from srppo.eval.preflight import Settings, prepare_stored
+from srppo.eval.responses import lines_of
 from srppo.eval.results import ResultDir, entry_of, require_free, samples_of
 from srppo.progress import Reporter
 
@@ -40,6 +41,19 @@ def read_rows(path: Path) -> list[Row]:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as e:
         raise DataError(f"{path} cannot be read ({e}): nothing is scored. Check the path.") from e
+    rows = _parsed(path, text)
+    for number, row in enumerate(rows, start=1):
+        try:
+            lines_of([row]).encode()
+        except UnicodeEncodeError as e:
+            raise DataError(
+                f"{path}, row {number} holds half a character ({e.object[e.start]!r} alone): it is "
+                "no text, so that it could be neither scored nor written. Mend that row."
+            ) from e
+    return rows
+
+
+def _parsed(path: Path, text: str) -> list[Row]:
     try:
         return _rows_in(json.loads(text))
     except (ValueError, RecursionError) as whole:

@@ -24,15 +24,13 @@ from transformers import (
     AutoTokenizer,
     BitsAndBytesConfig,
     GenerationConfig,
+    PreTrainedConfig,
     PreTrainedModel,
 )
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from srppo.errors import ModelError, SrppoError
 from srppo.models.untrusted import check_directory
-
-CONFIGURATIONS = ("config.json", "adapter_config.json")
-"""Of a model and of an adapter: either has one."""
 
 
 def resolve(name: str) -> str:
@@ -56,7 +54,7 @@ def resolve(name: str) -> str:
                 f"model directory {name!r} does not exist: nothing can be loaded. Give a directory "
                 "with config.json and model.safetensors, or a Hugging Face name (owner/model)."
             )
-        if path.parent.is_dir() and not _is_cached(name, *CONFIGURATIONS):
+        if path.parent.is_dir() and not _is_cached(name):
             raise ModelError(
                 f"model directory {name!r} does not exist, and {str(path.parent)!r} is a directory "
                 "here: nothing can be loaded. Give a directory that is there; or, if a model of "
@@ -71,8 +69,9 @@ def resolve(name: str) -> str:
     return str(path.absolute())  # adapters remember it
 
 
-def _is_cached(name: str, *files: str) -> bool:
+def _is_cached(name: str) -> bool:
     """Whether a model of the hub is on this machine."""
+    files = ("config.json", "adapter_config.json")
     try:
         return any(isinstance(try_to_load_from_cache(name, file), str) for file in files)
     except HFValidationError:  # no name that the hub could have
@@ -99,7 +98,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """The tokenizer of a model; for an adapter without one, that of the model below it.
 
     Raises:
-        ModelError: there is none, it has no EOS, or more tokens than the model.
+        ModelError: there is none, or it has no EOS.
     """
     path = resolve(name)
     if not has_tokenizer(path):
@@ -119,14 +118,12 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
             f"the tokenizer of {name!r} has no EOS token: responses could never end, and the "
             "reward belongs at EOS. Set `eos_token` in its tokenizer_config.json."
         )
-    if not is_adapter(path) and (Path(path).is_dir() or _is_cached(path, "config.json")):
-        _check_ids(tokenizer, name)
     return tokenizer
 
 
-def _check_ids(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+def check_ids(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig, name: str) -> None:
     """Raises ModelError unless the model has an embedding for each token; it may have more."""
-    size = getattr(_text_config(name), "vocab_size", None)
+    size = getattr(config.get_text_config(), "vocab_size", None)
     token, last = max(tokenizer.get_vocab().items(), key=lambda item: item[1])
     if size is not None and last >= size:
         raise ModelError(
@@ -278,14 +275,14 @@ def pick_device(device: str) -> torch.device:
 
 def context_length(name: str) -> int | None:
     """Longest sequence that the model has positions for, in tokens; None: not stated."""
-    return getattr(_text_config(name), "max_position_embeddings", None)
+    return getattr(load_config(name).get_text_config(), "max_position_embeddings", None)
 
 
-def _text_config(name: str) -> Any:
+def load_config(name: str) -> PreTrainedConfig:
+    """A model's config.json. Raises ModelError where it cannot be read."""
     path = resolve(name)
     with loading("configuration", name):
-        config: Any = AutoConfig.from_pretrained(path, trust_remote_code=False)
-        return config.get_text_config()
+        return AutoConfig.from_pretrained(path, trust_remote_code=False)
 
 
 def fingerprint(name: str) -> str:
@@ -293,8 +290,7 @@ def fingerprint(name: str) -> str:
     sha256 of its files."""
     path = resolve(name)
     if not Path(path).is_dir():
-        with loading("configuration", name):
-            return str(AutoConfig.from_pretrained(path, trust_remote_code=False)._commit_hash)
+        return str(load_config(name)._commit_hash)
     digest = hashlib.sha256()
     for file in sorted(p for p in Path(path).iterdir() if p.suffix in (".json", ".safetensors")):
         with file.open("rb") as content:

@@ -11,10 +11,12 @@ from srppo.config_data import DataConfig
 from srppo.config_model import LoRAConfig, ModelConfig
 from srppo.errors import ConfigError, ModelError
 from srppo.models.load import (
+    check_ids,
     check_same_tokens,
     context_length,
     has_tokenizer,
     is_adapter,
+    load_config,
     load_model,
     load_tokenizer,
     pick_device,
@@ -26,11 +28,13 @@ from srppo.models.sharding import load_sharded
 
 
 def start_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
-    """The SFT model's where there is one, checked against the base's."""
+    """The SFT model's where there is one, checked against the base's and against the models."""
     tokenizer = load_tokenizer(config.base)
     if config.sft and has_tokenizer(config.sft):
         base, tokenizer = tokenizer, load_tokenizer(config.sft)
         check_same_tokens(base, tokenizer, config.base, config.sft)
+    for name in (n for n in (config.base, config.sft) if n and not is_adapter(n)):
+        check_ids(tokenizer, load_config(name), name)
     return tokenizer
 
 

@@ -16,6 +16,7 @@ from srppo.plan.device import find_device
 from srppo.plan.exchange import Group
 from srppo.plan.known import Device
 from srppo.plan.memory import FLOAT, Phase, phases
+from srppo.plan.obstacles import obstacles
 from srppo.plan.remedies import first_that_fits
 from srppo.plan.work import SHARE, Clock, Hours, Work, work
 
@@ -31,7 +32,7 @@ def show_plan(
     group: Group | None = None,
 ) -> bool:
     """Print what the recipe's run would do and need; whether it would start, whatever its memory.
-    Nothing is downloaded, trained or written.
+    Nothing is trained or written, and nothing downloaded but questions of the recipe's benchmarks.
 
     Args:
         gpu: a name in `known.GPUS`; None: the recipe's device on this machine.
@@ -46,9 +47,9 @@ def show_plan(
     amount = work(recipe)
     blueprint = Blueprint.find(recipe.model.base)
     sizes = blueprint.sizes(recipe.model) if blueprint else None
-    obstacles = _obstacles(recipe, sizes, group)
+    found = obstacles(recipe, sizes, group)
     console.print(f"{recipe.name}, not run: this is what it would do.", style="bold")
-    for obstacle in obstacles:
+    for obstacle in found:
         console.print(obstacle)
     if blueprint is None or sizes is None:
         console.print(_unknown_model(recipe.model.base))
@@ -69,28 +70,9 @@ def show_plan(
     if blueprint is not None:
         console.print()
         _memory(recipe, blueprint, amount, device, group.size, console)
-    for obstacle in obstacles:
+    for obstacle in found:
         console.print(obstacle, style="bold")
-    return not obstacles
-
-
-def _obstacles(recipe: Recipe, sizes: Architecture | None, group: Group) -> list[str]:
-    """What the run would end with before its first step."""
-    found = []
-    longest = recipe.data.max_prompt_tokens + recipe.data.max_response_tokens
-    positions = sizes.positions if sizes else None
-    if positions and longest > positions:
-        found.append(
-            f"It would not start: data.max_prompt_tokens + data.max_response_tokens = {longest}, "
-            f"and the model has {positions} positions. Try {positions // 2} for each."
-        )
-    batch = recipe.sft.batch_size
-    if batch % group.size and not recipe.model.sft:
-        found.append(
-            f"It would not start: sft.batch_size={batch} cannot be divided among {group.size} "
-            f"processes. Try sft.batch_size={group.size * math.ceil(batch / group.size)}."
-        )
-    return found
+    return not found
 
 
 def _unknown_model(name: str) -> str:

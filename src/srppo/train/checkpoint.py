@@ -45,6 +45,20 @@ class RunDir:
         self._lock = lock
 
     @staticmethod
+    def check(recipe: Recipe) -> None:
+        """Raises RunDirError if a new run could not be opened there; nothing is written."""
+        path = recipe.run_dir.absolute()
+        there = next(place for place in (path, *path.parents) if place.exists())
+        if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+            raise RunDirError(
+                f"cannot write {path}, for {there} is not a directory that you may write to: the "
+                "run would be lost. Set output_dir to a directory that you may write to."
+            )
+        if there == path:
+            with writing(path):
+                _found(path)
+
+    @staticmethod
     def open(
         recipe: Recipe,
         provenance: dict[str, Any],
@@ -80,13 +94,7 @@ class RunDir:
         wanted = {**provenance, "recipe": recipe.model_dump(mode="json"), "inputs": inputs or {}}
         with writing(path):
             path.mkdir(parents=True, exist_ok=True)
-            # run.json.part is what an interrupted first write leaves behind.
-            found = sorted({p.name for p in path.iterdir()} - {"run.json.part", LOCK})
-        if found and "run.json" not in found:
-            raise RunDirError(
-                f"{path} holds files that are not a run of srppo ({found[0]!r} first): writing "
-                "there could overwrite them. Set output_dir to a new directory."
-            )
+            found = _found(path)
         lock = own(path)
         if found:
             run = RunDir(path, read_json(path / "run.json"), lock)
@@ -214,6 +222,18 @@ class RunDir:
                 flush(target.parent, deep=False)
             finally:
                 shutil.rmtree(aside, ignore_errors=True)
+
+
+def _found(path: Path) -> list[str]:
+    """Files of a run directory. Raises RunDirError if they are of something else."""
+    # run.json.part is what an interrupted first write leaves behind.
+    found = sorted({p.name for p in path.iterdir()} - {"run.json.part", LOCK})
+    if found and "run.json" not in found:
+        raise RunDirError(
+            f"{path} holds files that are not a run of srppo ({found[0]!r} first): writing "
+            "there could overwrite them. Set output_dir to a new directory."
+        )
+    return found
 
 
 def move_aside(recipe: Recipe) -> Path | None:
