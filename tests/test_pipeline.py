@@ -383,7 +383,7 @@ def test_kl_coef_auto_without_held_out_demonstrations_says_so_first(tmp_path):
     recipe = write_recipe(tmp_path, data={"held_out": 0}, ppo={"kl_coef": "auto"})
     said = srppo_command("run", recipe)
     assert said.code == 2
-    assert "Set data.held_out" in said.err
+    assert "Set data.held_out=200" in said.err
     assert not (tmp_path / "run").exists()
 
 

@@ -18,6 +18,7 @@ def run(variant: str, seed: int, rise: float, gain: float, **found: float) -> Ru
         variant,
         seed,
         lam_star=1.0 if rise > 0 else 6.0,
+        warned=False,
         curves={name: {1.0: 1.0, 3.0: 1 + rise, 6.0: 1 + rise} for name in ("held_out", *GROUPS)},
         accuracy={
             (m, d, g): v for m, v in shares.items() for d in ("T=1", "greedy") for g in GROUPS

@@ -30,7 +30,7 @@ def user(content: str) -> list[dict[str, str]]:
     return [{"role": "user", "content": content}]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(TURNS, TEXTS)
 def test_ids_are_those_of_rollouts_and_spell_the_text(
     tokenizer: PreTrainedTokenizerFast, messages: list[dict[str, str]], response: str
@@ -47,7 +47,7 @@ def test_ids_are_those_of_rollouts_and_spell_the_text(
     assert response in (answer, " " + answer)  # a leading space may be the decoder's to strip
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(TEXTS)
 def test_control_tokens_come_from_the_template_alone(tokenizer: PreTrainedTokenizerFast, text: str):
     """As many control tokens as with a harmless text: nothing in a turn becomes one."""

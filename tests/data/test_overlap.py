@@ -51,7 +51,7 @@ def plain(texts: list[str], others: list[str]) -> list[bool]:
 TEXT = st.lists(st.sampled_from(WORDS), min_size=1, max_size=24).map(" ".join)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.lists(TEXT, max_size=5), st.lists(TEXT, max_size=5))
 def test_equals_a_count_with_sets(texts: list[str], others: list[Any]):
     assert shared(texts, others) == plain(texts, others)

@@ -63,7 +63,7 @@ def test_skip_continues_where_demonstrations_end(
     assert behind == everything[before.looked_at :]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.lists(ROW | st.just("no row"), max_size=14),
     st.integers(1, 5),

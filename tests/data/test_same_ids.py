@@ -229,7 +229,7 @@ def load_prompt(turns: list[Any], tokenizer: PreTrainedTokenizerFast) -> list[in
 # --- properties of the ids ------------------------------------------------------------------------
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=60, suppress_health_check=list(HealthCheck))
 @given(conversation())
 def test_stage_1_and_stage_2_start_from_the_same_ids_and_responses_end_with_eos(
     tokenizer: PreTrainedTokenizerFast, row: dict[str, Any]

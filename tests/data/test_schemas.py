@@ -1,7 +1,7 @@
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from srppo.config_data import COLUMNS
@@ -134,7 +134,6 @@ VALUES = st.recursive(
 )
 
 
-@settings(deadline=None)
 @given(st.dictionaries(st.sampled_from(NAMES), VALUES, max_size=4))
 def test_any_json_row_is_read_or_refused(row: dict[str, Any]):
     try:

@@ -413,7 +413,7 @@ PARTS = st.lists(
 )
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(PARTS, st.integers(0, 3))
 def test_without_weights_every_row_comes_once_up_to_the_limits(
     sizes: list[tuple[int, int | None]], seed: int
@@ -425,7 +425,7 @@ def test_without_weights_every_row_comes_once_up_to_the_limits(
     assert +Counter(name[0] for name in found) == +wanted
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.lists(st.tuples(st.integers(1, 60), st.floats(0.1, 10)), min_size=2, max_size=4))
 def test_with_weights_every_beginning_is_mixed_so_and_the_first_end_ends_it(
     sizes: list[tuple[int, float]],

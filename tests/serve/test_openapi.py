@@ -29,7 +29,7 @@ def url() -> Iterator[str]:
 
 
 @schema.parametrize()
-@settings(max_examples=30, deadline=None, derandomize=True, suppress_health_check=[*HealthCheck])
+@settings(max_examples=30, derandomize=True, suppress_health_check=[*HealthCheck])
 def test_it_does_what_its_description_says(case, url):
     case.call_and_validate(
         base_url=url,

@@ -145,13 +145,16 @@ def _last_alike(begins: list[bytes], most: int) -> set[int]:
 
 
 def _why_none(asked: int, possible: int) -> str:
+    said = "none of the demonstrations are held out: "
+    if not asked:
+        return f"{said}data.held_out is 0. Set data.held_out=200 or more for it to mean something"
     if not possible:
         return (
-            f"none of the demonstrations are held out: data.held_out is {asked}, and where all "
-            "others are trained on a tenth is at most. Give 200 or more for it to mean something"
+            f"{said}where all others are trained on, a tenth is at most, and there are fewer than "
+            "ten. Give more, or set data.demonstrations_limit to less than all"
         )
     return (
-        f"none of the demonstrations are held out: a prompt is held out with all of its "
+        f"{said}a prompt is held out with all of its "
         f"demonstrations, and each prompt here has more than the {possible} that may be. Give "
         "demonstrations of more prompts, or set data.held_out and data.demonstrations_limit so "
         "that more are left"
