@@ -331,6 +331,7 @@ def test_an_override_that_does_not_fit_is_refused(override, minimal):
         b"\xff\xfe\x00\xd8",
         b"name: ${nowhere}\n",
         b"1: a number as key\n",
+        b"name: " + b"[" * 3000 + b"]" * 3000,
     ],
 )
 def test_files_that_hold_no_recipe(content, write):

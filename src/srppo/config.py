@@ -361,7 +361,7 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
             f"recipe {str(path)!r} cannot be read ({e.strerror or e}): nothing to run. "
             "Give the path of a YAML file; recipes/miniature.yaml is one."
         ) from e
-    except (YAMLError, OmegaConfBaseException, ValueError, TypeError) as e:
+    except (YAMLError, OmegaConfBaseException, ValueError, TypeError, RecursionError) as e:
         raise ConfigError(
             f"recipe {str(path)!r} is not readable YAML, or an override does not fit it: "
             f"{_in_one_line(e)}. Mend that line; recipes/miniature.yaml shows the form."
