@@ -16,11 +16,18 @@ from srppo.plan.exchange import Group
 from srppo.train.checkpoint import RunDir
 
 
-def obstacles(recipe: Recipe, sizes: Architecture | None, group: Group) -> list[str]:
+def obstacles(recipe: Recipe, sizes: Architecture | None, group: Group, here: bool) -> list[str]:
     """Each with its cure. What a run checks first is checked in the same way; models that are not
-    on this machine are taken to be what their names say."""
+    on this machine are taken to be what their names say.
+
+    Args:
+        here: the run is to be on this machine, so that what is installed and lies on it counts.
+    """
     found = [*_too_long(recipe, sizes), *_indivisible(recipe, group)]
-    for check in (_check_models, _check_scorer, _check_benchmarks, RunDir.check):
+    checks = [_check_models, _check_scorer]
+    if here:
+        checks += [_check_quantizer, _check_benchmarks, RunDir.check]
+    for check in checks:
         try:
             check(recipe)
         except SrppoError as e:
@@ -49,9 +56,12 @@ def _indivisible(recipe: Recipe, group: Group) -> list[str]:
     ]
 
 
-def _check_models(recipe: Recipe) -> None:
+def _check_quantizer(recipe: Recipe) -> None:
     if recipe.model.quantize:
         require_quantizer(recipe.model.quantize)
+
+
+def _check_models(recipe: Recipe) -> None:
     whole = [_is_whole(name) for name in (recipe.model.base, recipe.model.sft) if name]
     if all(whole):
         start_tokenizer(recipe.model)

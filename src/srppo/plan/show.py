@@ -47,7 +47,7 @@ def show_plan(
     amount = work(recipe)
     blueprint = Blueprint.find(recipe.model.base)
     sizes = blueprint.sizes(recipe.model) if blueprint else None
-    found = obstacles(recipe, sizes, group)
+    found = obstacles(recipe, sizes, group, here=gpu is None)
     console.print(f"{recipe.name}, not run: this is what it would do.", style="bold")
     for obstacle in found:
         console.print(obstacle)
