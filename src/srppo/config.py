@@ -121,7 +121,7 @@ class PPOConfig(Section):
     """Bound in nats on each token's log-ratio; the bounded fraction is logged (ours)."""
     plausibility: Annotated[float, Field(gt=0, le=1)] | None = None
     """A token less likely under pi_sft than this share of its likeliest one pays for that instead
-    of earning its log-ratio; such tokens' share is logged (ours; docs/LOG.md measures 0.1)."""
+    of earning its log-ratio; such tokens' share is logged (ours; docs/evidence.md measures 0.1)."""
     missing_eos_penalty: NonNegativeFloat = 0.0
     """Nats taken from responses that were cut off at max_response_tokens."""
 
