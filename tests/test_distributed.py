@@ -316,12 +316,13 @@ def test_a_machine_that_dies_ends_the_run_and_the_rest_goes_on(alone, tmp_path, 
 
 @pytest.mark.slow
 def test_one_error_ends_all_and_is_said_once(tmp_path):
-    """The second process fails while the first waits for it."""
+    """The second process fails while the first waits for it, and takes longer to end than that."""
     (tmp_path / "rows.py").write_text(
-        "import os\n"
+        "import atexit, os, time\n"
         "from srppo.errors import DataError\n"
         "def prompts(split, seed):\n"
         "    if os.environ['RANK'] == '1':\n"
+        "        atexit.register(time.sleep, 10)\n"
         "        raise DataError('rows.csv is not on this machine')\n"
         "    yield {'prompt': 'copy : a b'}\n"
     )

@@ -375,7 +375,7 @@ def main() -> None:
         from srppo.progress import VISIBLE
 
         typer.echo(f"error{_which()}: {str(e).translate(VISIBLE)}", err=True)
-        sys.exit(2)
+        sys.exit(e.exit_code)
     except (OSError, RuntimeError) as e:
         if (said := _no_path(e)) is None:
             raise

@@ -21,6 +21,9 @@ with code 2; anything else that escapes is a bug of ours.
 class SrppoError(Exception):
     """Base of all errors that this package raises on purpose."""
 
+    exit_code = 2
+    """The command line's, in each of several processes."""
+
 
 class ConfigError(SrppoError, ValueError):
     """A recipe that cannot be run."""
