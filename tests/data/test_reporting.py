@@ -45,3 +45,20 @@ def test_token_texts_read_each_token_a_few_times_only(
     monkeypatch.setattr(tokenizer, "decode", counted)
     assert len(token_texts(tokenizer, ids)) == 500
     assert sum(read) < 20 * 500
+
+
+def test_special_tokens_are_visible_and_the_pieces_join_to_the_text(
+    tokenizer: PreTrainedTokenizerFast,
+):
+    ids = [*tokenizer.encode("the answer", add_special_tokens=False), tokenizer.eos_token_id]
+    pieces = token_texts(tokenizer, ids)
+    assert "".join(pieces) == tokenizer.decode(ids)
+    assert pieces[-1].strip() == tokenizer.eos_token
+
+
+def test_bytes_that_only_together_are_a_character():
+    class Bytes:
+        def decode(self, ids: list[int], **options: bool) -> str:
+            return bytes(ids).decode("utf-8", "replace")
+
+    assert token_texts(Bytes(), list("aé".encode())) == ["a", "", "é"]  # type: ignore[arg-type]

@@ -8,7 +8,7 @@ from enumerable import fine_tuned, tiny_llama
 from srppo.data.chat import Example
 from srppo.data.prompts import Prompt
 from srppo.errors import ConfigError, DataError
-from srppo.eval.evaluate import Evaluator, decode, held_out_nll, load_scorer, token_texts
+from srppo.eval.evaluate import Evaluator, decode, held_out_nll, load_scorer
 from srppo.models.batching import Sequences
 
 WORDS = tiny.tokenizer("a b c d e f")  # ids 2..7; 0 is <eos>, 1 <unk>
@@ -157,27 +157,6 @@ def test_decoded_responses_hold_no_special_tokens_and_no_padding():
     y = Sequences.of([[1], [1]], [[2, 3, 0], [4]])
     y.response_ids[1, 1:] = 5  # garbage in padding
     assert decode(WORDS, y) == ["a b", "c"]
-
-
-def test_token_texts_join_to_the_whole_text_with_specials_visible():
-    ids = [2, 3, 4, 0]
-    pieces = token_texts(WORDS, ids)
-    assert len(pieces) == 4
-    assert "".join(pieces) == WORDS.decode(ids)
-    assert pieces[-1].strip() == "<eos>"
-
-
-def test_token_texts_of_bytes_that_only_together_are_a_character():
-    """Decoding a prefix can change when the next byte arrives; each token still gets a piece."""
-
-    class Bytes:
-        def decode(self, ids):
-            return bytes(ids).decode("utf-8", "replace")
-
-    pieces = token_texts(Bytes(), list("aé".encode()))
-    assert pieces[0] == "a"
-    assert pieces[-1] == "é"
-    assert len(pieces) == 3
 
 
 # --- scorers --------------------------------------------------------------------------------------

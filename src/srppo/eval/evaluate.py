@@ -21,6 +21,7 @@ from srppo.algo.masking import masked_sum
 from srppo.algo.reward import UNBOUNDED, Bounds
 from srppo.data.chat import Example
 from srppo.data.prompts import Prompt
+from srppo.data.reporting import token_texts
 from srppo.errors import ConfigError, SrppoError
 from srppo.models.batching import Sequences
 from srppo.models.roles import Role
@@ -167,13 +168,6 @@ def decode(tokenizer: PreTrainedTokenizerBase, y: Sequences) -> list[str]:
         tokenizer.decode(ids[mask].tolist(), skip_special_tokens=True)
         for ids, mask in zip(y.response_ids, y.mask, strict=True)
     ]
-
-
-def token_texts(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[str]:
-    """What each token adds to the text; specials visible; spaces kept."""
-    texts = [tokenizer.decode(ids[:i]) for i in range(len(ids) + 1)]
-    pairs = itertools.pairwise(texts)
-    return [b[len(a) :] if b.startswith(a) else b[-1:] for a, b in pairs]
 
 
 def load_scorer(name: str) -> Scorer:
