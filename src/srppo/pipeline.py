@@ -29,6 +29,7 @@ from srppo.eval.models import evaluate_models
 from srppo.models.load import fingerprint as model_fingerprint
 from srppo.models.load import require_quantizer
 from srppo.models.memory import Budget
+from srppo.models.precision import check_compute
 from srppo.models.roles import Role
 from srppo.models.start import check_context, start_frozen, start_tokenizer
 from srppo.progress import Reporter
@@ -74,6 +75,7 @@ class Run:
         """Of passes that train nothing: audit and evaluation."""
         if recipe.model.quantize:
             require_quantizer(recipe.model.quantize)
+        check_compute(recipe)
         self.tokenizer = start_tokenizer(recipe.model)
         apply_template(self.tokenizer)
         check_context(recipe.model, recipe.data)

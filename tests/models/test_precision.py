@@ -5,17 +5,14 @@ import torch
 
 import tiny
 from srppo.algo.logprobs import token_logprobs
+from srppo.config import parse_recipe
+from srppo.errors import ConfigError
+from srppo.models import precision
 from srppo.models.batching import make_batch
-from srppo.models.precision import computing
+from srppo.models.precision import check_compute, computing
 from srppo.models.scoring import hidden_states, output_logits, score
 
 CPU = torch.device("cpu")
-BFLOAT16_PRODUCTS = (
-    torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-)
-needs_bfloat16 = pytest.mark.skipif(
-    not BFLOAT16_PRODUCTS, reason="this processor multiplies no bfloat16"
-)
 
 
 def logprobs_and_gradients(model, compute):
@@ -29,7 +26,6 @@ def logprobs_and_gradients(model, compute):
     return logprobs.detach(), torch.cat([p.grad.flatten() for p in model.parameters()])
 
 
-@needs_bfloat16
 @pytest.mark.parametrize("architecture", list(tiny.ARCHITECTURES))
 def test_training_passes_are_close_to_float32_and_not_equal_to_it(architecture):
     model = tiny.model(architecture)
@@ -66,3 +62,16 @@ def test_biases_and_frozen_weights_get_the_gradients_they_should():
     assert layer.weight.grad is None
     torch.testing.assert_close(layer.bias.grad, torch.full((4,), 6.0))
     torch.testing.assert_close(x.grad, layer.weight.sum(0).expand(2, 3, 8), atol=2e-2, rtol=0)
+
+
+@pytest.mark.parametrize("stage", ["sft", "ppo"])
+def test_a_processor_without_such_products_is_refused(monkeypatch, stage):
+    model, data = {"base": "b", "device": "cpu"}, {"demonstrations": "d.jsonl"}
+    base = {"name": "n", "output_dir": "o", "model": model, "data": data}
+    asked = parse_recipe({**base, stage: {"compute": "bfloat16"}})
+    monkeypatch.setattr(precision, "multiplies_bfloat16", lambda: True)
+    check_compute(asked)
+    monkeypatch.setattr(precision, "multiplies_bfloat16", lambda: False)
+    check_compute(parse_recipe(base))
+    with pytest.raises(ConfigError, match=f"{stage}.compute=bfloat16.*Set {stage}.compute=float32"):
+        check_compute(asked)

@@ -11,7 +11,31 @@ from torch import Tensor
 from torch.nn.functional import linear
 from torch.overrides import TorchFunctionMode
 
+from srppo.config import Recipe
+from srppo.errors import ConfigError
+from srppo.models.load import pick_device
+
 Compute = Literal["float32", "bfloat16"]
+
+
+def check_compute(recipe: Recipe) -> None:
+    """Raises ConfigError where training is asked for bfloat16 of a CPU that has no such products:
+    they would be worked out one by one."""
+    if pick_device(recipe.model.device).type != "cpu" or multiplies_bfloat16():
+        return
+    for key, settings in (("sft", recipe.sft), ("ppo", recipe.ppo)):
+        if settings.compute == "bfloat16":
+            raise ConfigError(
+                f"{key}.compute=bfloat16: this processor multiplies no bfloat16, so that training "
+                f"would take many times as long. Set {key}.compute=float32."
+            )
+
+
+def multiplies_bfloat16() -> bool:
+    """Whether oneDNN has products in bfloat16 for this CPU."""
+    return torch.backends.mkldnn.is_available() and bool(
+        torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    )
 
 
 @contextmanager
@@ -47,33 +71,28 @@ class _LinearInBFloat16(TorchFunctionMode):
 
 
 class _Linear(torch.autograd.Function):
-    """torch.nn.functional.linear with all three of its products in bfloat16."""
+    """torch.nn.functional.linear with all three of its products in bfloat16.
+
+    Converted beforehand: oneDNN's own conversion of float32 takes 1.7 times as long (docs/LOG.md).
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        x, weight = x.bfloat16(), weight.bfloat16()
         ctx.save_for_backward(x, weight)
         ctx.has_bias = bias is not None
-        with _bfloat16_products():
-            return linear(x, weight, bias)
+        y = linear(x, weight).float()
+        return y if bias is None else y + bias
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         x, weight = ctx.saved_tensors
-        flat, rows = grad.flatten(0, -2), x.flatten(0, -2)
-        with _bfloat16_products():
-            return (
-                grad @ weight if ctx.needs_input_grad[0] else None,
-                flat.T @ rows if ctx.needs_input_grad[1] else None,
-                flat.sum(0) if ctx.has_bias and ctx.needs_input_grad[2] else None,
-            )
-
-
-@contextmanager
-def _bfloat16_products() -> Iterator[None]:
-    matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
-    before, matmul.fp32_precision = matmul.fp32_precision, "bf16"
-    try:
-        yield
-    finally:
-        matmul.fp32_precision = before
+        rounded = grad.bfloat16()
+        return (
+            (rounded @ weight).float() if ctx.needs_input_grad[0] else None,
+            (rounded.flatten(0, -2).T @ x.flatten(0, -2)).float()
+            if ctx.needs_input_grad[1]
+            else None,
+            grad.flatten(0, -2).sum(0) if ctx.has_bias and ctx.needs_input_grad[2] else None,
+        )

@@ -10,6 +10,7 @@ from srppo.errors import SrppoError
 from srppo.eval.evaluate import load_scorer
 from srppo.eval.in_run import check_benchmarks
 from srppo.models.load import require_quantizer, resolve
+from srppo.models.precision import check_compute
 from srppo.models.start import start_tokenizer
 from srppo.plan.architecture import Architecture
 from srppo.plan.exchange import Group
@@ -26,7 +27,7 @@ def obstacles(recipe: Recipe, sizes: Architecture | None, group: Group, here: bo
     found = [*_too_long(recipe, sizes), *_indivisible(recipe, group)]
     checks = [_check_models, _check_scorer]
     if here:
-        checks += [_check_quantizer, _check_benchmarks, RunDir.check]
+        checks += [_check_quantizer, check_compute, _check_benchmarks, RunDir.check]
     for check in checks:
         try:
             check(recipe)
