@@ -34,8 +34,8 @@ test: install
 slow: install
 	$(PYTEST) --dist worksteal -m slow
 
-# A hundred kills, a failing disk at every write, damaged checkpoints, garbage: half an hour on two
-# cores. Another SEED kills, breaks and makes up others.
+# A hundred kills, a failing disk at every write, damaged checkpoints, garbage: ten minutes to half an
+# hour on two cores. Another SEED kills, breaks and makes up others.
 SEED ?= 0
 soak: install
 	PYTHONPATH=tests $(BIN)/python tests/soak.py --seed $(SEED)
