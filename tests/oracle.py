@@ -57,13 +57,13 @@ def reach(variant: str, kl_coef: float, seed: int) -> Exact:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("variants", nargs="*", choices=[*VARIANTS, []], default=list(VARIANTS))
+    parser.add_argument("variants", nargs="*", choices=[*VARIANTS, []], default=[])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4, 5, 6, 7])
     parser.add_argument("--kl-coefs", nargs="+", type=float, default=[0.2, 0.5])
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     for kl_coef in arguments.kl_coefs:
-        for variant in arguments.variants:
+        for variant in arguments.variants or VARIANTS:
             found = [reach(variant, kl_coef, seed) for seed in arguments.seeds]
             gaps = " ".join(f"{x.gap_closed:.4f}" for x in found)
             kls = " ".join(f"{x.kl_to_optimum:.4f}" for x in found)
