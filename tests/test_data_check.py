@@ -112,6 +112,20 @@ def test_a_recipe_is_checked_whole(tmp_path: Path):
     assert not (tmp_path / "run").exists()
 
 
+def test_settings_go_on_top_of_a_recipe(tmp_path: Path):
+    recipe = write_recipe(tmp_path)
+    done = srppo_command("data", "check", recipe, "data.demonstrations_limit=20")
+    assert done.code == 0, done.err
+    assert "28 of 440 rows used" in done.out, done.out  # 8 of them are held out
+
+
+def test_settings_beside_a_source_are_refused(source: Path):
+    done = srppo_command("data", "check", source, "data.max_prompt_tokens=1")
+    assert done.code == 2
+    assert "'data.max_prompt_tokens=1'" in done.err
+    assert "Give the recipe in the place of the source" in done.err
+
+
 def test_the_page_of_a_run_holds_the_same(tmp_path: Path):
     (tmp_path / "run.json").write_text("{}")
     (tmp_path / "data.txt").write_text("3 of 4 rows used <b>\n  ⟦Hello│<eos>⟧\n")

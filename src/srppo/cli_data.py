@@ -20,6 +20,10 @@ def data_check(
             "or a recipe, for all that its run would read.",
         ),
     ],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[KEY=VALUE]...", help="Settings on top of a recipe."),
+    ] = None,
     model: Annotated[
         str | None, typer.Option(help="Its tokenizer and template; none: lengths in bytes.")
     ] = None,
@@ -46,4 +50,5 @@ def data_check(
         "max_prompt_tokens": max_prompt_tokens,
         "max_response_tokens": max_response_tokens,
     }
-    check(source, settings, columns, model=model, prompts=prompts, limit=limit, dropped=dropped)
+    options = {"model": model, "prompts": prompts, "limit": limit, "dropped": dropped}
+    check(source, settings, columns, overrides, **options)

@@ -114,7 +114,8 @@ def models(
     _go_offline(offline)
     if bool(responses) != bool(task) or bool(responses) == bool(models):
         raise ConfigError(
-            "it is not clear what to measure: give models, or --responses FILE with --task TASK."
+            "it is not clear what to measure: give models (--tasks A,B: some benchmarks only), "
+            "or --responses FILE with --task TASK."
         )
     from srppo.eval.benchmarks import PRESETS
 

@@ -22,13 +22,18 @@ from srppo.progress import VISIBLE, stdout
 
 
 def check(
-    source: str, settings: dict[str, Any], column_map: Sequence[str] = (), **options: Any
+    source: str,
+    settings: dict[str, Any],
+    column_map: Sequence[str] = (),
+    overrides: list[str] | None = None,
+    **options: Any,
 ) -> None:
     """`check_source`, or `check_recipe` for a YAML file.
 
     Args:
         settings: those of the recipe's `data` section that matter.
         column_map: `KNOWN=OWN` for each column that is not recognised.
+        overrides: `key.sub=value`, settings on top of a recipe.
         options: further ones of `check_source`.
     """
     if source.endswith((".yaml", ".yml")):
@@ -40,20 +45,25 @@ def check(
                 f"--{name} with the recipe {source!r}: the recipe decides, so it would have no "
                 "effect. Set it in the recipe, or give the source itself."
             )
-        check_recipe(source)
+        check_recipe(source, overrides)
         return
+    if overrides:
+        raise ConfigError(
+            f"{overrides[0]!r} with {source!r}: settings go on top of a recipe, so this would have "
+            "no effect. Give the recipe in the place of the source, or an option of this command."
+        )
     columns = dict(_column(pair) for pair in column_map)
     check_source(source, settings=parse_data(settings | {"columns": columns}), **options)
 
 
-def check_recipe(path: str) -> None:
+def check_recipe(path: str, overrides: list[str] | None = None) -> None:
     """All that a recipe's run would read, as the run says it, the overlap included.
 
     Raises:
         ConfigError: the recipe cannot be read.
         DataError: a source cannot be read, or nothing would be trained.
     """
-    recipe = load_recipe(path)
+    recipe = load_recipe(path, overrides)
     sft = recipe.model.sft
     tokenizer = load_tokenizer(sft if sft and has_tokenizer(sft) else recipe.model.base)
     apply_template(tokenizer)

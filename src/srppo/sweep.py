@@ -147,7 +147,7 @@ def show_failed(failed: dict[str, str], console: Console) -> None:
     for name, reason in failed.items():
         console.print(f"FAILED {name}: {reason}", style="bold")
     if failed:
-        console.print("The same command again goes on with those that failed.")
+        console.print("Once the cause is mended, the same command runs them again, and no other.")
 
 
 @dataclass

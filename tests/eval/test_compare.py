@@ -298,13 +298,16 @@ def test_annotations_that_do_not_say_how_the_judge_was_asked_are_compared(out, j
     assert "alpaca_eval: form is unknown (sft), weighted (base)." in notes
 
 
-@pytest.mark.parametrize("given", ["auto", "own.jinja", "hub"])
+@pytest.mark.parametrize("given", ["auto", "run", "own.jinja", "hub"])
 def test_the_template_to_ask_both_through_is_named(out, tmp_path, given):
-    """The first model's, in its directory, in the file that was given, or where no file is."""
+    """The first model's, in its or its run's directory, in the file that was given, or where no
+    file is."""
     change(out / "sft", "gsm8k", template="plain", template_sha256=None)
     own, path = tmp_path / "own.jinja", tmp_path / "model"
-    path.mkdir()
-    (path / "chat_template.jinja").write_text("{{ messages }}")
+    (path / "policy").mkdir(parents=True)
+    (path / ("policy" if given == "run" else ".") / "chat_template.jinja").write_text(
+        "{{ messages }}"
+    )
     own.write_text("{{ messages }}")
     results = json.loads((out / "base/results.json").read_text())
     results["model"]["path"] = "owner/name" if given == "hub" else str(path)
@@ -312,6 +315,7 @@ def test_the_template_to_ask_both_through_is_named(out, tmp_path, given):
     (out / "base/results.json").write_text(json.dumps(results))
     file = {
         "auto": f"{path}/chat_template.jinja, which is base's",
+        "run": f"{path}/policy/chat_template.jinja, which is base's",
         "own.jinja": f"{own}, which is base's",
         "hub": "a file with base's, of the tokenizer of owner/name",
     }[given]

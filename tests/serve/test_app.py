@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import socket
 import threading
@@ -145,6 +146,13 @@ def test_what_cannot_be_scored_is_told(client, body, message):
     answer = client.post("/v1/score", json=body)
     assert answer.status_code == 422
     assert message in told(answer)
+
+
+def test_a_body_without_its_header_is_told_which(client):
+    body = json.dumps(request([([1], [2])]))
+    answer = client.post("/v1/score", content=body, headers={"content-type": "text/plain"})
+    assert answer.status_code == 422
+    assert "content-type: application/json" in told(answer)
 
 
 def test_one_bad_sequence_refuses_its_request_and_no_other(client):

@@ -115,10 +115,12 @@ def _templates(asked: list[Stored]) -> str:
     for model in asked:
         given = model.results.config.get("chat_template", "auto")
         where = model.results.model.path or ""
-        file = Path(where, "chat_template.jinja") if given in ("auto", "none") else Path(given)
+        places = [Path(where, "chat_template.jinja"), Path(where, "policy", "chat_template.jinja")]
+        places = places if given in ("auto", "none") else [Path(given)]
+        file = next((place for place in places if place.is_file()), None)
         files.append(
             f"{file}, which is {model.name}'s"
-            if file.is_file()
+            if file
             else f"a file with {model.name}'s, of the tokenizer of {where}"
         )
     return f" for both, {', or '.join(files)}; and another --out"

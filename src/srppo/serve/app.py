@@ -162,5 +162,9 @@ def _invalid(error: RequestValidationError) -> JSONResponse:
             400, f"the body is not JSON (at byte {place}: {first['ctx']['error']})."
         ).response()
     return RefusedError(
-        422, f"{place or 'the body'}: {first['msg']}. /openapi.json says what can be sent."
+        422,
+        f"{place}: {first['msg']}. /openapi.json says what can be sent."
+        if place
+        else "the body is no JSON object. Send one with the header content-type: application/json. "
+        "/openapi.json says what it can hold.",
     ).response()
