@@ -73,7 +73,8 @@ class _LinearInBFloat16(TorchFunctionMode):
 class _Linear(torch.autograd.Function):
     """torch.nn.functional.linear with all three of its products in bfloat16.
 
-    Converted beforehand: oneDNN's own conversion of float32 takes 1.7 times as long (docs/LOG.md).
+    Converted here: asked to convert float32 itself, oneDNN multiplies in float32 on some CPUs that
+    have bfloat16 (docs/LOG.md).
     """
 
     @staticmethod
