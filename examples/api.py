@@ -25,7 +25,8 @@ def main(*overrides: str) -> Path:
     for warning in findings["warnings"] if findings else []:
         print(f"warning        {warning}")
     for row in results["rows"]:
-        print(f"{row['model']:8}{row['decoding']:8}{row['group']:14}", row["scores"])
+        scores = "  ".join(f"{name} {value:.3f}" for name, value in row["scores"].items())
+        print(f"{row['model']:8}{row['decoding']:8}{row['group']:14}{scores}")
     return page
 
 

@@ -204,7 +204,7 @@ BAD = {
     ),
     "prompts that are all too long": (
         file_of("data.jsonl", rows({"prompt": "a b c d " * 20, "response": "a"})),
-        ["prompt longer than 24 tokens", "Raise max_prompt_tokens"],
+        ["prompt longer than 24 tokens", "Raise data.max_prompt_tokens"],
     ),
     "a generator that is not there": (
         {"data": {"prompts": "python:srppo.miniature.world:nothing"}},
@@ -227,7 +227,7 @@ BAD = {
     "a directory with foreign files": (foreign_files, ["'thesis.tex' first", "Set output_dir"]),
     "an output that cannot be written": (
         below_a_file,
-        ["/file/run", "Not a directory", "set output_dir to a directory that you may write to"],
+        ["/file/run", "Not a directory", "Set output_dir to a directory that you may write to"],
     ),
     # scorers
     "a scorer that is not of the form": (
@@ -284,13 +284,14 @@ def test_what_can_be_known_before_anything_is_written_is_known_then(kind, tmp_pa
         ("name: [1\n", ["not readable YAML", "line 2, column 1. Mend that line"]),
         ("name: a\nmodel:\n\tbase: b\n", ["line 3, column 1: a tab, and YAML", "blanks. Mend"]),
         ("name: a\nmodel: @b\n", ["line 2, column 8. Mend that line"]),
+        ('{"prompt": "a"}\n{"prompt": "b"}\n', ["not readable YAML", "data.demonstrations=FILE"]),
         ("- a\n- b\n", ["holds no settings", "Start from recipes/miniature.yaml"]),
         ("output_dir: x\nmodel: {base: y}\n", ["name: missing", "Add it to the recipe"]),
     ],
-    ids=["not there", "bad YAML", "a tab", "no tab", "a list", "a key missing"],
+    ids=["not there", "bad YAML", "a tab", "no tab", "data", "a list", "a key missing"],
 )
 def test_recipes_that_cannot_be_read(content, words, tmp_path):
-    path = tmp_path / "recipe.yaml"
+    path = tmp_path / ("mine.jsonl" if content and content.startswith("{") else "recipe.yaml")
     if content is not None:
         path.write_text(content)
     done = srppo_command("run", path)

@@ -119,6 +119,13 @@ def test_settings_go_on_top_of_a_recipe(tmp_path: Path):
     assert "28 of 440 rows used" in done.out, done.out  # 8 of them are held out
 
 
+def test_more_than_the_model_has_positions_for_is_told(tmp_path: Path):
+    done = srppo_command("data", "check", write_recipe(tmp_path), "data.max_prompt_tokens=9999")
+    assert done.code == 2
+    assert "data.max_prompt_tokens=9999" in done.err
+    assert "positions" in done.err
+
+
 def test_settings_beside_a_source_are_refused(source: Path):
     done = srppo_command("data", "check", source, "data.max_prompt_tokens=1")
     assert done.code == 2

@@ -362,9 +362,12 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
             "Give the path of a YAML file; recipes/miniature.yaml is one."
         ) from e
     except (YAMLError, OmegaConfBaseException, ValueError, TypeError, RecursionError) as e:
+        data = Path(path).suffix not in (".yaml", ".yml")
         raise ConfigError(
             f"recipe {str(path)!r} is not readable YAML, or an override does not fit it: "
             f"{_in_one_line(e)}. Mend that line; recipes/miniature.yaml shows the form."
+            + " If these are data, name them in a recipe: data.demonstrations=FILE."
+            * data
         ) from e
     if not isinstance(plain, dict):
         raise ConfigError(

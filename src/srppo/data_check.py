@@ -18,6 +18,7 @@ from srppo.data.reporting import Report, sorted_places
 from srppo.data.sources import open_source
 from srppo.errors import ConfigError, RunDirError
 from srppo.models.load import has_tokenizer, load_tokenizer
+from srppo.models.start import check_context
 from srppo.progress import VISIBLE, stdout
 
 
@@ -60,10 +61,11 @@ def check_recipe(path: str, overrides: list[str] | None = None) -> None:
     """All that a recipe's run would read, as the run says it, the overlap included.
 
     Raises:
-        ConfigError: the recipe cannot be read.
+        ConfigError: the recipe cannot be read, or asks for more than the model has positions for.
         DataError: a source cannot be read, or nothing would be trained.
     """
     recipe = load_recipe(path, overrides)
+    check_context(recipe.model, recipe.data)
     sft = recipe.model.sft
     tokenizer = load_tokenizer(sft if sft and has_tokenizer(sft) else recipe.model.base)
     apply_template(tokenizer)

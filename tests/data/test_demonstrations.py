@@ -204,6 +204,7 @@ def test_a_hundred_row_numbers_are_written_per_reason_and_all_are_known(
             [{"prompt": "q"}, {"prompt": "r", "response": " "}],
             ["1 x no response column beside prompt (rows 1)", "1 x empty response (rows 2)"],
         ),
+        ([{"prompt;response": "q;r"}], ["not understood", "with commas between its columns"]),
         ([{"prompt": "q"}], ["Columns found: prompt.", "prompt/response", "Say which"]),
         ([{"instruction": "q", "input": "i", "text": "r"}], ["beside input, instruction (rows 1)"]),
         ([{"prompt": [{"role": "user", "content": "q"}]}], ["no response column beside prompt"]),

@@ -80,7 +80,7 @@ def test_the_page_says_what_the_files_say(report):
         assert fact in page.text
     assert "12 of the 400 PPO prompts" in page.text
     assert "rollout 59 %, scoring 12 %, update 29 %" in page.text
-    assert "In 86 of 100 random pairs, an sft sample has a higher reward" in page.text
+    assert "In 86 % of random pairs, an sft sample has a higher reward" in page.text
     assert "β = 1/(λ* − 1) = 0.33" in page.text
     assert not re.search(EMPTY, page.text)
 

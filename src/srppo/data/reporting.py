@@ -129,7 +129,7 @@ class Report:
         return (
             f"{self.source}: none of its {self.rows} rows can be used as {kind}: "
             f"{counts}. Columns found: {columns or 'none'}. "
-            f"Columns understood: {UNDERSTOOD}. {self._cure()}"
+            f"Columns understood: {UNDERSTOOD}. {self._cure(columns)}"
         )
 
     def _counts(self, labels: set[str] | None = None) -> str:
@@ -144,17 +144,19 @@ class Report:
             if places
         )
 
-    def _cure(self) -> str:
+    def _cure(self, columns: str) -> str:
         most = max(self.dropped, key=lambda reason: self.dropped[reason], default="")
         if self.skipped and self.skipped >= sum(self.dropped.values()):
             return "Lower data.demonstrations_limit, or give a source with more rows."
         if most.startswith("prompt longer than"):
-            return "Raise max_prompt_tokens."
+            return "Raise data.max_prompt_tokens (--max-prompt-tokens of `srppo data check`)."
         if most.startswith("refused by the chat template"):
             return "Give the tokenizer a chat template that takes such conversations."
         if most == "not UTF-8":
             return "Save the file as UTF-8."
         if most.startswith(("columns not understood", "no column", "no response column")):
+            if any(mark in columns for mark in ";\t|"):
+                return "Save the table with commas between its columns."
             return (
                 "Say which of its columns are meant: data.columns={prompt: OWN, response: OWN}, or "
                 "--column-map prompt=OWN."

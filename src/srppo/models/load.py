@@ -343,7 +343,8 @@ def cannot_load(what: str, name: str, error: Exception) -> str:
     """A message for whatever a library raised."""
     return (
         f"the {what} of {name!r} cannot be loaded: {_reason(error)}. "
-        "Give a complete Hugging Face model directory, or a hub name that this machine can reach."
+        "Give a complete Hugging Face model directory, or a hub name that this machine can reach; "
+        "of a recipe, in model.base or where it was named."
     )
 
 

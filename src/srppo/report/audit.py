@@ -89,12 +89,12 @@ def _separation(audit: Json) -> list[str]:
         auc = number(separation.get(key))
         if auc is not None:
             sentences.append(
-                f"In {100 * auc:.0f} of 100 random pairs, {subject} has a higher reward than a "
-                "base sample (50 would be no separation)."
+                f"In {100 * auc:.0f} % of random pairs, {subject} has a higher reward than a "
+                "base sample (50 % would be no separation)."
             )
     cut_off = number(mapping(audit, "cut_off").get("share"))
     if cut_off:
-        sentences.append(f"{100 * cut_off:.0f} of 100 sft samples were cut off.")
+        sentences.append(f"{100 * cut_off:.0f} % of the sft samples were cut off.")
     for name, value in mapping(audit, "length_corr").items():
         correlation = number(value)
         if correlation is not None and not (name == "sft" and cut_off == 1.0):

@@ -147,6 +147,8 @@ SFT = Spec(
 )
 
 
+ROUNDING = 1e-6
+"""What is less than that share of a curve's largest value is said to be 0: float32 has no more."""
 UNITS = {spec.key: spec.unit for spec in PPO if spec.scale == 1}
 """Units of evaluation metrics that are never a share, however their values fall."""
 
@@ -180,7 +182,9 @@ def _single(stage: str, spec: Spec, rows: Sequence[Json]) -> Panel | None:
         low=[a - s for a, s in zip(y, spread, strict=True)] if band else None,
         high=[a + s for a, s in zip(y, spread, strict=True)] if band else None,
     )
-    change = plain(y[0]) if len(y) == 1 else f"{plain(y[0])} → {plain(y[-1])}"
+    least = ROUNDING * max(map(abs, y))
+    ends = [plain(v if abs(v) >= least else 0.0) for v in (y[:1] if len(y) == 1 else (y[0], y[-1]))]
+    change = " → ".join(ends)
     label = f"{spec.title}, {spec.unit}, over {len(x)} steps: {change}"
     return Panel(
         title=spec.title,

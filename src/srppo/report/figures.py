@@ -97,7 +97,7 @@ def histograms(
     """Histograms under each other on one axis: rows of (series, words, edges, counts, mean). Each
     bar's height is its density, relative to the tallest bar of its row."""
     with _style(name):
-        figure, grid = _figure(4.6, 0.7 * len(rows) + 0.5, rows=len(rows))
+        figure, grid = _figure(4.6, 0.8 * len(rows) + 0.5, rows=len(rows))
         for axes, (series, words, edges, counts, mean) in zip(grid, rows, strict=True):
             heights = [c / (b - a) for c, (a, b) in zip(counts, pairwise(edges), strict=True)]
             tallest = max(heights) or 1.0
@@ -105,7 +105,7 @@ def histograms(
             axes.stairs([h / tallest for h in heights], edges, fill=True, color=colour, alpha=0.75)
             if mean is not None:
                 axes.axvline(mean, color=INK, lw=1, ymax=0.95)
-            axes.text(0, 0.96, words, transform=axes.transAxes, va="top")
+            axes.set_title(words, loc="left", size=9, pad=2)
             axes.grid(visible=False)
             axes.set_yticks([])
             axes.set_ylim(0, 1.05)

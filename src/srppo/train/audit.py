@@ -235,8 +235,8 @@ def warnings_from(findings: dict[str, Any], config: PPOConfig) -> list[str]:
     if findings["prompts"] < FEW:
         said.append(
             f"{findings['prompts']} held-out demonstrations are too few: all that the audit says "
-            "is mostly chance. Raise data.held_out, or give more demonstrations: where all others "
-            "are trained on, a tenth is held out at most."
+            "is mostly chance. Give more demonstrations, or raise data.held_out: where all others "
+            "are trained on, a tenth is held out at most, whatever it says."
         )
     auc_sft = findings["separation"]["sft_vs_base_auc"]
     auc_demos = findings["separation"]["demonstrations_vs_base_auc"]

@@ -59,10 +59,11 @@ def writing(path: Path) -> Iterator[None]:
         raise
     except (OSError, SafetensorError) as e:
         reason = getattr(e, "strerror", None) or str(e)
+        misplaced = isinstance(e, FileExistsError | NotADirectoryError | PermissionError)
         raise RunDirError(
             f"cannot write {path} ({reason}): this part of the run is lost, what was written "
-            "before is whole. Free space or set output_dir to a directory that you may write to, "
-            "then run the same command again."
+            f"before is whole. {'S' if misplaced else 'Free space or s'}et output_dir to a "
+            "directory that you may write to, then run the same command again."
         ) from e
 
 
