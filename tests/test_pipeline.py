@@ -379,6 +379,11 @@ def test_a_control_with_auto_and_nothing_to_extrapolate_is_left_out(tmp_path, ca
     assert {row["model"] for row in rows} == {"base", "sft", "policy", "one"}
 
 
+def test_fewer_held_out_than_asked_for_is_told(tmp_path, capsys):
+    Run(load_recipe(write_recipe(tmp_path, data={"demonstrations_limit": None, "held_out": 99})))
+    assert "44 are held out (data.held_out=99: where all" in capsys.readouterr().err
+
+
 def test_kl_coef_auto_without_held_out_demonstrations_says_so_first(tmp_path):
     recipe = write_recipe(tmp_path, data={"held_out": 0}, ppo={"kl_coef": "auto"})
     said = srppo_command("run", recipe)

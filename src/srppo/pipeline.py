@@ -94,7 +94,7 @@ class Run:
         self.benchmarks_wanted = self._benchmarks() if recipe.eval.benchmarks.tasks else None
         self.dir.write_json("data.json", self.data.reports)
         self.dir.write_text("data.txt", describe_all(self.data.reports))
-        self.reporter.line(describe_used(self.data, closing(self.tokenizer)))
+        self.reporter.line(describe_used(self.data, recipe.data.held_out, closing(self.tokenizer)))
 
     # --- the stages -----------------------------------------------------------------------------
 

@@ -52,9 +52,14 @@ def describe_all(reports: Mapping[str, Any]) -> str:
     return "\n".join(f"== {role}\n{text}" for role, text in texts.items())
 
 
-def describe_used(data: "Data", note: str) -> str:
-    """What a run says of its data when it starts; "" is no note."""
+def describe_used(data: "Data", asked: int, note: str) -> str:
+    """What a run says of its data when it starts; `asked` is data.held_out, "" is no note."""
     lines = []
+    fewer = (
+        f" (data.held_out={asked}: where all others are trained on, a tenth at most)"
+        if 0 < len(data.held_out) < asked
+        else ""
+    )
     for role in ("demonstrations", "prompts", "eval"):
         if (report := data.reports.get(role)) is None:
             continue
@@ -65,8 +70,8 @@ def describe_used(data: "Data", note: str) -> str:
             + (f"; {report['truncated']} truncated" if report["truncated"] else "")
         )
     lines.append(
-        f"stage 1 trains on {len(data.train)} demonstrations, {len(data.held_out)} are held out; "
-        f"stage 2 has {len(data.prompts)} prompts"
+        f"stage 1 trains on {len(data.train)} demonstrations, {len(data.held_out)} are held "
+        f"out{fewer}; stage 2 has {len(data.prompts)} prompts"
     )
     lines.append(describe_overlap(data.reports["overlap"]).strip())
     return "\n".join([*lines, f"note: {note}"] if note else lines)
