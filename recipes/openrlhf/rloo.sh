@@ -5,12 +5,12 @@
 # tested against OpenRLHF's own code on a CPU (tests/plugins/test_openrlhf.py).
 #
 # On the scoring machine:
-#   pip install 'srppo[serve]'
+#   pip install '.[serve]'           # in a checkout of srppo
 #   export SRPPO_REWARD_TOKEN=...      # openssl rand -hex 32
 #   srppo serve-reward --base $BASE --sft $SFT --dtype bfloat16 \
 #     --host 0.0.0.0 --token-env SRPPO_REWARD_TOKEN
 # Here, in OpenRLHF's environment, whose transformers is older than srppo's:
-#   pip install --no-deps srppo
+#   pip install --no-deps PATH       # of a checkout of srppo
 #
 # The clip must be given: OpenRLHF holds rewards in [-10, 10], a sum of log-ratios is soon beyond.
 # The KL coefficient must be given: 0.01, its default, asks for pi_sft (pi_sft/pi_base)^100.

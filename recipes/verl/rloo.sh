@@ -5,12 +5,12 @@
 # against verl's own code on a CPU (tests/plugins/test_verl.py).
 #
 # On the scoring machine:
-#   pip install 'srppo[serve]'
+#   pip install '.[serve]'           # in a checkout of srppo
 #   export SRPPO_REWARD_TOKEN=...      # openssl rand -hex 32
 #   srppo serve-reward --base $BASE --sft $SFT --dtype bfloat16 \
 #     --host 0.0.0.0 --token-env SRPPO_REWARD_TOKEN
 # Here, in verl's environment, whose transformers is older than srppo's:
-#   pip install --no-deps srppo
+#   pip install --no-deps PATH       # of a checkout of srppo
 #
 # The KL penalty must be switched on: verl has none by default, and 0.001 where it has one.
 set -euo pipefail

@@ -26,8 +26,9 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     help="Align a language model from demonstrations alone, with Self-Rewarding PPO.",
-    epilog="Exit codes: 0 done, 1 one of several runs failed, 2 it cannot go on (the message says "
-    "why), 130 interrupted, 143 terminated: what a run has done is kept, the same command goes on.",
+    epilog="Exit codes: 0 done, 1 a part failed (one of several runs, a task of an evaluation) or "
+    "there was nothing to audit, 2 it cannot go on (the message says why), 130 interrupted, 143 "
+    "terminated: what a run has done is kept, the same command goes on.",
 )
 
 RecipePath = Annotated[

@@ -30,6 +30,7 @@ from srppo.validation import (
     Schedule,
     Section,
     Seed,
+    in_one_line,
     validate,
 )
 
@@ -48,7 +49,8 @@ class SFTConfig(Section):
     micro_batch_size: Positive = 8
     """Demonstrations per forward pass; memory only."""
     compute: Literal["float32", "bfloat16"] = "float32"
-    """Number format of matrix products; weights are float32."""
+    """Number format of matrix products; weights are float32. bfloat16 is refused on a CPU without
+    products in it."""
     gradient_checkpointing: bool = False
     """Keep each layer's input only and compute the rest again in the backward pass: activations
     take a fraction of the memory, the pass about a third more time."""
@@ -99,9 +101,9 @@ class PPOConfig(Section):
     minibatch_size: Positive = 128
     """Responses per optimizer step (ours); the last one of a pass may be smaller."""
     compute: Literal["float32", "bfloat16"] = "float32"
-    """Matrix products of sampling and of the update; weights and log-probabilities are float32.
-    A CPU whose hardware has no bfloat16 is slower in it. With model.shard it holds for all of the
-    policy, scored before the update, too. The reward's own precision is model.dtype."""
+    """Matrix products of the update, on a GPU of sampling, too; otherwise as in `sft`. With
+    model.shard it holds for all of the policy, scored before the update, too. The reward's own
+    precision is model.dtype."""
     max_tokens_per_batch: Positive = 16384
     """Tokens, padding included, per forward pass; memory and speed only."""
     gradient_checkpointing: bool = False
@@ -362,29 +364,16 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
             "Give the path of a YAML file; recipes/miniature.yaml is one."
         ) from e
     except (YAMLError, OmegaConfBaseException, ValueError, TypeError, RecursionError) as e:
-        data = Path(path).suffix not in (".yaml", ".yml")
         raise ConfigError(
             f"recipe {str(path)!r} is not readable YAML, or an override does not fit it: "
-            f"{_in_one_line(e)}. Mend that line; recipes/miniature.yaml shows the form."
-            + " If these are data, name them in a recipe: data.demonstrations=FILE."
-            * data
+            f"{in_one_line(e)}. Mend that line; recipes/miniature.yaml shows the form. Data are "
+            "named in a recipe: data.demonstrations=FILE."
         ) from e
     if not isinstance(plain, dict):
         raise ConfigError(
             f"recipe {str(path)!r} holds no settings. Start from recipes/miniature.yaml."
         )
     return parse_recipe(plain)
-
-
-def _in_one_line(error: Exception) -> str:
-    """What YAML says, and whether it means a tab: that is not to be seen."""
-    text = ", ".join(line.strip() for line in str(error).splitlines()).rstrip(".")
-    mark = getattr(error, "problem_mark", None)
-    if mark is None or not Path(mark.name).is_file():  # an override
-        return text
-    content = Path(mark.name).read_text(encoding="utf-8")
-    is_tab = content[mark.index : mark.index + 1] == "\t"  # at its end there is nothing
-    return f"{text}: a tab, and YAML is indented with blanks" if is_tab else text
 
 
 def parse_recipe(tree: dict[Any, Any]) -> Recipe:

@@ -68,7 +68,8 @@ class EvalConfig(Section):
     every: Positive | None = None
     """Evaluate at temperature 1 every so many PPO steps; null: never."""
     every_split: str = "validation"
-    """Split used for that, so that no choice made on the curve touches `split`."""
+    """Split of `prompts` used for that, so that no choice made on the curve touches `split`.
+    Without `prompts` both are of the held-out demonstrations."""
     every_limit: Positive = 128
     """Rows used for that."""
     side_by_side: NonNegative = 24

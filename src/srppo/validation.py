@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError
@@ -81,3 +82,14 @@ def _section_in(annotation: Any) -> type[Section] | None:
     if isinstance(annotation, type) and issubclass(annotation, Section):
         return annotation
     return next(filter(None, map(_section_in, get_args(annotation))), None)
+
+
+def in_one_line(error: Exception) -> str:
+    """What YAML says, and whether it means a tab: that is not to be seen."""
+    text = ", ".join(line.strip() for line in str(error).splitlines()).rstrip(".")
+    mark = getattr(error, "problem_mark", None)
+    if mark is None or not Path(mark.name).is_file():  # an override
+        return text
+    content = Path(mark.name).read_text(encoding="utf-8")
+    is_tab = content[mark.index : mark.index + 1] == "\t"  # at its end there is nothing
+    return f"{text}: a tab, and YAML is indented with blanks" if is_tab else text
