@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import srppo
+import tiny
 from runs import grow, json_lines, python, srppo_command, timeless, write_recipe
 from srppo.config import load_recipe
 from srppo.data.describe import describe_overlap
@@ -448,6 +449,35 @@ def test_the_context_may_be_filled_to_the_last_position(tmp_path):
     start(tmp_path / "fits", data={"max_prompt_tokens": 40, "max_response_tokens": 24})
     with pytest.raises(ConfigError, match=r"= 65 is more than the 64 positions.*Try 32 for each"):
         start(tmp_path / "not", data={"max_prompt_tokens": 41, "max_response_tokens": 24})
+
+
+@pytest.mark.parametrize("kind", ["longrope", "dynamic"])
+def test_positions_beyond_which_frequencies_change_are_refused(tmp_path, kind):
+    base = tiny.copy_of_miniature(tmp_path / "base")
+    config = json.loads((base / "config.json").read_text())
+    rope = {"rope_type": kind, "rope_theta": 10000.0, "original_max_position_embeddings": 32}
+    width = config["hidden_size"] // config["num_attention_heads"] // 2
+    factors = {"short_factor": [1.0] * width, "long_factor": [2.0] * width, "factor": 2.0}
+    config["rope_parameters"] = rope | factors
+    (base / "config.json").write_text(json.dumps(config))
+    model = {"base": str(base)}
+    start(tmp_path / "a", model=model, data={"max_prompt_tokens": 20, "max_response_tokens": 12})
+    with pytest.raises(ConfigError, match=r"once one passes 32 .* Try 16 for each"):
+        start(tmp_path / "b", model=model, data={"max_prompt_tokens": 21})
+
+
+def test_a_run_goes_on_with_the_date_that_its_template_wrote_first(tmp_path, monkeypatch):
+    base = tiny.copy_of_miniature(tmp_path / "base")
+    template = base / "chat_template.jinja"
+    template.write_text("{{ strftime_now('%d') | list | join(' ') }} " + template.read_text())
+    seen = []
+    for day in ("2026-03-14", "2026-03-15"):
+        monkeypatch.setattr("srppo.pipeline.now", lambda day=day: f"{day}T12:00:00+00:00")
+        run = start(tmp_path, model={"base": str(base)})
+        seen.append([e.prompt_ids for e in run.data.train])
+        assert run.tokenizer.decode(seen[-1][0]).startswith("1 4")
+        del run  # and its lock
+    assert seen[0] == seen[1]
 
 
 def test_prompts_that_are_all_taken_are_noticed_before_anything_is_trained(tmp_path):

@@ -59,7 +59,8 @@ class SFTConfig(Section):
     lr_schedule: Schedule = "linear"
     """Decay to zero over the run, or none (ours)."""
     warmup_fraction: Fraction = 0.03
-    """Share of the steps over which the learning rate rises (ours)."""
+    """Share of the steps over which the learning rate rises (ours); in the first of them it is 0,
+    as everywhere in transformers."""
     optimizer: Literal["adamw", "sgd"] = "adamw"
     """`sgd` has momentum 0.9. See docs/LOG.md for what the optimizer does to the reward."""
     weight_decay: NonNegativeFloat = 0.0

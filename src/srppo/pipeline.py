@@ -9,6 +9,7 @@ import gc
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import datetime
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ import transformers
 
 from srppo import distributed
 from srppo.config import PPOConfig, Recipe
-from srppo.data.chat import apply_template, closing
+from srppo.data.chat import apply_template, closing, set_date
 from srppo.data.describe import describe_all, describe_used
 from srppo.data.load import fingerprint as data_fingerprint
 from srppo.data.load import read_data
@@ -78,6 +79,8 @@ class Run:
         check_compute(recipe)
         self.tokenizer = start_tokenizer(recipe.model)
         apply_template(self.tokenizer)
+        began = distributed.from_first(lambda: (None if fresh else RunDir.began(recipe)) or now())
+        set_date(self.tokenizer, datetime.fromisoformat(began).astimezone())
         check_context(recipe.model, recipe.data)
         self.scorer = load_scorer(recipe.eval.scorer) if recipe.eval.scorer else None
         self.data = read_data(recipe, self.tokenizer)
@@ -89,7 +92,7 @@ class Run:
         inputs = self._inputs()
         if fresh and (old := distributed.from_first(lambda: move_aside(recipe))):
             self.reporter.line(f"starting over: the run that was there is now {old}")
-        made_by = {"name": recipe.name, **provenance(recipe, source)}
+        made_by = {"name": recipe.name, **provenance(recipe, source), "started": began}
         self.dir = RunDir.open(recipe, made_by, inputs, allow_change=allow_change)
         self.benchmarks_wanted = self._benchmarks() if recipe.eval.benchmarks.tasks else None
         self.dir.write_json("data.json", self.data.reports)

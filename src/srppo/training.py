@@ -21,6 +21,7 @@ from srppo.models.roles import Role, Roles
 from srppo.models.start import start_sft
 from srppo.models.value_head import ValueHead
 from srppo.progress import Reporter
+from srppo.rollout.check import check_passes
 from srppo.rollout.hf import HFSampler
 from srppo.rollout.sampler import Sampler
 from srppo.train.checkpoint import RunDir
@@ -52,6 +53,7 @@ class Training:
                 "data.demonstrations is not set: stage 1 has nothing to train on. Set it."
             )
         role = start_sft(self.recipe.model, self.recipe.seed, config.compute)
+        check_passes(role)
         keeper = self._keeper(name)
         with MetricsLog(self.dir.path, name, keeper.metrics) as log, role.active() as model:
             train_sft(
@@ -78,6 +80,7 @@ class Training:
         """Stage 2; `curve` measures the policy at the steps of `eval.every`."""
         stage = "ppo" if name == "policy" else name
         roles = Roles.begin(base, sft, config.estimator == "ppo", config.compute)
+        check_passes(roles.policy)
         budget = Budget(config.max_tokens_per_batch, self.reporter.line)
         sampler = self._engine(roles, config, budget)
         keeper = self._keeper(stage)

@@ -1,4 +1,5 @@
 from collections.abc import Callable
+from datetime import datetime
 
 import pytest
 from hypothesis import given, settings
@@ -6,7 +7,14 @@ from hypothesis import strategies as st
 from tokenizers import normalizers
 from transformers import PreTrainedTokenizerFast
 
-from srppo.data.chat import apply_template, closing, encode, prompt_ids, prompt_text
+from srppo.data.chat import (
+    apply_template,
+    closing,
+    encode,
+    prompt_ids,
+    prompt_text,
+    set_date,
+)
 from srppo.data.schemas import RowError
 from srppo.errors import ModelError
 
@@ -89,6 +97,14 @@ def test_default_template(make_tokenizer: Make):
     text = prompt_text(tokenizer, messages + user("v"))
     assert text == "<|system|>\ns\n<|user|>\nu\n<|assistant|>\na</s>\n<|user|>\nv\n<|assistant|>\n"
     assert tokenizer.eos_token_id in prompt_ids(tokenizer, messages + user("v"))
+
+
+def test_the_date_that_a_template_writes_can_be_set(make_tokenizer: Make):
+    tokenizer = make_tokenizer("chatml")
+    tokenizer.chat_template = "{{ strftime_now('%Y-%m-%d') }}" + tokenizer.chat_template
+    assert prompt_text(tokenizer, user("q")).startswith(datetime.now().strftime("%Y-%m-%d"))
+    set_date(tokenizer, datetime(1999, 12, 31))
+    assert prompt_text(tokenizer, user("q")).startswith("1999-12-31")
 
 
 def test_template_of_the_tokenizer_is_kept(make_tokenizer: Make):

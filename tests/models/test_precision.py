@@ -38,6 +38,15 @@ def test_training_passes_are_close_to_float32_and_not_equal_to_it(architecture):
     assert 0.99 < cosine < 1.0
 
 
+def test_layers_of_gpt_2_multiply_so_too(monkeypatch):
+    """They are no `linear`: (in, out) weights."""
+    multiplied = []
+    own = precision._Linear.apply
+    monkeypatch.setattr(precision._Linear, "apply", lambda *a: multiplied.append(1) or own(*a))
+    logprobs_and_gradients(tiny.model("gpt2"), "bfloat16")
+    assert len(multiplied) >= 4 * 2 + 1  # four products a layer, and the head
+
+
 def test_scores_are_not_touched():
     """The reward is a difference of two near-equal numbers: it keeps its digits."""
     model, y = tiny.model(), tiny.sequences()

@@ -95,6 +95,8 @@ def test_gradients():
     assert not_finite({"reward": math.nan}) is None  # of no gradient
     assert "grad_norm is nan" in not_finite({"grad_norm": math.nan}).reason
     assert "value_grad_norm is inf" in not_finite({"value_grad_norm": math.inf}).reason
+    assert not_finite({"sampler_logprob_diff": 0.01}) is None
+    assert "disagree by 0.7" in not_finite({"sampler_logprob_diff": 0.7}).reason
     assert "policy_loss is nan" in not_finite({"policy_loss": math.nan, "grad_norm": 1.0}).reason
 
 

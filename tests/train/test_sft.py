@@ -5,10 +5,18 @@ import math
 
 import pytest
 import torch
+from transformers import (
+    MixtralConfig,
+    MixtralForCausalLM,
+    ModernBertDecoderConfig,
+    ModernBertDecoderForCausalLM,
+)
+from trl.trainer import base_trainer
 
 import tiny
 from srppo.config import SFTConfig
 from srppo.data.chat import Example
+from srppo.errors import ModelError
 from srppo.progress import Reporter
 from srppo.train.metrics import MetricsLog
 from srppo.train.sft import train_sft
@@ -28,8 +36,8 @@ FULL_BATCH = {
 def train(tmp_path):
     """Trains a fresh tiny model; returns it with the log's lines."""
 
-    def run(examples=EXAMPLES, seed=0, **settings):
-        model = tiny.model()
+    def run(examples=EXAMPLES, seed=0, model=None, **settings):
+        model = model or tiny.model()
         with MetricsLog(tmp_path, "sft") as log:
             trained = train_sft(
                 model,
@@ -191,3 +199,48 @@ def test_a_line_says_where_the_run_is(train):
 def test_nothing_is_printed_on_stdout(train, capsys):
     train(**FULL_BATCH)
     assert capsys.readouterr().out == ""
+
+
+def mixture_of_experts():
+    torch.manual_seed(0)
+    experts = {"num_local_experts": 4, "num_experts_per_tok": 2, "router_aux_loss_coef": 0.9}
+    return MixtralForCausalLM(MixtralConfig(**tiny.SHAPE, **experts)).eval()
+
+
+def test_nothing_is_added_to_the_likelihood_of_a_mixture_of_experts(train):
+    """And its configuration stays as it was."""
+    model, lines = train(model=mixture_of_experts(), **FULL_BATCH)
+    assert lines[0]["loss"] == pytest.approx(nll(mixture_of_experts(), EXAMPLES).item(), abs=1e-4)
+    assert model.config.output_router_logits is mixture_of_experts().config.output_router_logits
+    assert model.config.router_aux_loss_coef == 0.9
+
+
+def test_a_model_that_would_weigh_its_own_loss_otherwise_is_weighed_as_all(train):
+    """Gemma 4 tells trainers that its loss takes no count of tokens."""
+    seen = []
+    for micro_batch_size in (10, 1):
+        model = tiny.model()
+        model.accepts_loss_kwargs = False
+        _, lines = train(model=model, **{**FULL_BATCH, "micro_batch_size": micro_batch_size})
+        seen.append([lines[-1]["loss"], lines[-1]["grad_norm"]])
+    assert seen[0] == pytest.approx(seen[1], rel=1e-4)
+    assert seen[0][0] == pytest.approx(nll(tiny.model(), EXAMPLES).item(), abs=1e-4)
+
+
+def test_a_loss_that_is_not_of_what_is_scored_is_refused(train):
+    """TRL's own output head leaves out what it does not know: here a layer before the last."""
+    torch.manual_seed(0)
+    shape = {k: v for k, v in tiny.SHAPE.items() if k != "num_key_value_heads"}
+    ids = dict.fromkeys(("pad_token_id", "bos_token_id", "cls_token_id", "sep_token_id"), 0)
+    config = ModernBertDecoderConfig(**{**shape, **ids, "initializer_range": 0.5})
+    with pytest.raises(
+        ModelError, match=r"ModernBert.* cannot be fine-tuned here: .* nats a token"
+    ):
+        train(model=ModernBertDecoderForCausalLM(config).eval(), **FULL_BATCH)
+
+
+def test_nobody_is_told_what_is_trained(train, monkeypatch):
+    told = []
+    monkeypatch.setattr(base_trainer, "send_telemetry", lambda *a, **k: told.append((a, k)))
+    train(**FULL_BATCH)
+    assert told == []

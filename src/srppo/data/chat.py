@@ -14,6 +14,7 @@ row is refused. Not guaranteed:
 
 import re
 from dataclasses import dataclass, field
+from datetime import datetime
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
@@ -61,6 +62,25 @@ def apply_template(tokenizer: "PreTrainedTokenizerBase") -> None:
     tokenizer.chat_template = ("{{ bos_token }}" if adds_bos else "") + DEFAULT_TEMPLATE
 
 
+def set_date(tokenizer: "PreTrainedTokenizerBase", date: datetime) -> None:
+    """What `strftime_now` of its template says: a run that goes on another day has the prompts that
+    it began with."""
+    _dates[tokenizer] = date
+
+
+_dates: WeakKeyDictionary[Any, datetime] = WeakKeyDictionary()
+_NOW = re.compile(r"""strftime_now\(\s*(['"])(.*?)\1\s*\)""")
+
+
+def _dated(tokenizer: "PreTrainedTokenizerBase") -> str | None:
+    """Its template with `set_date`'s date written in; None: as it is. transformers hands no function
+    of ours to a template."""
+    template, date = tokenizer.chat_template, _dates.get(tokenizer)
+    if date is None or not isinstance(template, str):
+        return None
+    return _NOW.sub(lambda found: repr(date.strftime(found[2])), template)
+
+
 def is_default_template(tokenizer: "PreTrainedTokenizerBase") -> bool:
     """Whether the tokenizer's template is the one that `apply_template` gives."""
     return str(tokenizer.chat_template).endswith(DEFAULT_TEMPLATE)
@@ -101,7 +121,12 @@ def prompt_text(tokenizer: "PreTrainedTokenizerBase", messages: list[Message]) -
         )
     try:
         return str(
-            tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+            tokenizer.apply_chat_template(
+                messages,
+                chat_template=_dated(tokenizer),
+                tokenize=False,
+                add_generation_prompt=True,
+            )
         )
     except Exception as error:  # a template is a program, and can fail in any way
         raise RowError(f"refused by the chat template ({error})") from error

@@ -278,6 +278,17 @@ def context_length(name: str) -> int | None:
     return getattr(load_config(name).get_text_config(), "max_position_embeddings", None)
 
 
+def frequency_switch(name: str) -> int | None:
+    """The position beyond which a model's rotary frequencies become others, for those already
+    cached as well; None: they do not."""
+    config = load_config(name).get_text_config()
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") not in ("longrope", "dynamic"):
+        return None
+    original = rope.get("original_max_position_embeddings")
+    return original or getattr(config, "original_max_position_embeddings", None)
+
+
 def load_config(name: str) -> PreTrainedConfig:
     """A model's config.json. Raises ModelError where it cannot be read."""
     path = resolve(name)

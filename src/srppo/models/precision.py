@@ -67,6 +67,10 @@ class _LinearInBFloat16(TorchFunctionMode):
             and args[0].dtype == args[1].dtype == torch.float32
         ):
             return _Linear.apply(*args, **(kwargs or {}))  # type: ignore[no-untyped-call]
+        if func is torch.addmm and not kwargs and torch.is_grad_enabled():  # GPT-2's layers
+            bias, x, weight = args
+            if bias.dtype == x.dtype == weight.dtype == torch.float32:
+                return _Linear.apply(x, weight.T, bias)  # type: ignore[no-untyped-call]
         return func(*args, **(kwargs or {}))
 
 

@@ -5,7 +5,7 @@ tokens only, and over a chunk of them at a time.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from srppo import distributed
 from srppo.algo.logprobs import chunk_size, token_logprobs, token_margins
+from srppo.errors import ModelError
 from srppo.models.batching import Batch, Sequences, microbatches
 from srppo.models.roles import Role
 from srppo.models.value_head import ValueHead
@@ -30,8 +31,19 @@ class _SkippedTrunk(BaseModelOutputWithPast):
 def trunk_states(model: PreTrainedModel, **inputs: Any) -> Tensor:
     """(b, S, H) the trunk's last hidden states. Sharded weights are gathered on the way."""
     read = getattr(model, "read", None)
-    hidden: Tensor = read(**inputs) if read else model.base_model(**inputs).last_hidden_state
-    return hidden
+    if read:
+        return cast(Tensor, read(**inputs))
+    hidden = getattr(model.base_model(**inputs), "last_hidden_state", None)
+    if hidden is None:
+        raise _unknown(model)
+    return cast(Tensor, hidden)
+
+
+def _unknown(model: PreTrainedModel) -> ModelError:
+    return ModelError(
+        f"{type(model).__name__} does not keep its layers and its output head apart as srppo has "
+        "to take them: it could not be scored. Take a model of another architecture."
+    )
 
 
 def hidden_states(model: PreTrainedModel, batch: Batch) -> Tensor:
@@ -49,7 +61,14 @@ def output_logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:
     """
     trunk = model.base_model
     own = trunk.__dict__.get("forward")
-    trunk.forward = lambda *args, **kwargs: _SkippedTrunk(last_hidden_state=hidden[None])
+    skipped = False
+
+    def skip(*args: Any, **kwargs: Any) -> _SkippedTrunk:
+        nonlocal skipped
+        skipped = True
+        return _SkippedTrunk(last_hidden_state=hidden[None])
+
+    trunk.forward = skip
     try:
         ids = torch.zeros(1, 1, dtype=torch.int64, device=hidden.device)  # for the skipped trunk
         logits: Tensor = model.forward(input_ids=ids, use_cache=False).logits
@@ -58,7 +77,15 @@ def output_logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:
             del trunk.forward
         else:
             trunk.forward = own
+    if not skipped:  # the head read something else
+        raise _unknown(model)
     return logits[0]
+
+
+def rounding(model: PreTrainedModel) -> float:
+    """Nats a token, in the mean, by which two ways to one log-probability may differ."""
+    exact = model.dtype == torch.float32 and not getattr(model, "is_loaded_in_8bit", False)
+    return 0.01 if exact else 0.5
 
 
 def chunks(model: PreTrainedModel, batch: Batch) -> Iterator[slice]:

@@ -14,6 +14,7 @@ from srppo.models.load import (
     check_ids,
     check_same_tokens,
     context_length,
+    frequency_switch,
     has_tokenizer,
     is_adapter,
     load_config,
@@ -49,6 +50,13 @@ def check_context(config: ModelConfig, data: DataConfig) -> None:
                 f"{data.max_response_tokens} = {longest} is more than the {context} positions "
                 f"of {name!r}: long sequences would be scored wrongly. Try {context // 2} "
                 "for each."
+            )
+        if (switch := frequency_switch(name)) and longest > switch:
+            raise ConfigError(
+                f"{name!r} counts positions otherwise once one passes {switch} (longrope), and "
+                f"data.max_prompt_tokens={data.max_prompt_tokens} + data.max_response_tokens="
+                f"{data.max_response_tokens} = {longest}: what is cached while sampling would not "
+                f"be what is scored. Try {switch // 2} for each."
             )
 
 

@@ -21,7 +21,7 @@ from srppo.models.roles import Role
 from srppo.models.scoring import output_logits, trunk_states
 from srppo.models.sharding import needs_all
 from srppo.models.value_head import ValueHead
-from srppo.rollout.cache import growing_cache, without
+from srppo.rollout.cache import growing_cache, keep_rows, without
 from srppo.rollout.sampler import Rollout, Sampler
 
 Progress = Callable[[int], None]
@@ -172,7 +172,7 @@ class HFSampler(Sampler):
                 rows, chosen = rows[keep], chosen[keep]
                 attention_mask = None if attention_mask is None else attention_mask[keep]
                 for cache in caches:
-                    cache.batch_select_indices(keep)
+                    keep_rows(cache, keep)
             step_ids = chosen[:, None]
             if attention_mask is not None:
                 attention_mask = torch.cat(

@@ -10,6 +10,7 @@ import itertools
 import json
 import os
 import shutil
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,15 @@ class RunDir:
         if there == path:
             with writing(path):
                 _found(path)
+
+    @staticmethod
+    def began(recipe: Recipe) -> str | None:
+        """When the run that is there was started, ISO 8601; None where none can be gone on with."""
+        try:
+            started = read_json(recipe.run_dir / "run.json")["started"]
+            return str(datetime.fromisoformat(started).isoformat())
+        except (RunDirError, LookupError, TypeError, ValueError):
+            return None  # `open` says what is wrong
 
     @staticmethod
     def open(

@@ -47,13 +47,8 @@ def ailment(
             return Ailment(
                 f"{name} is not a finite number at {bad} of {int(mask.sum())} response tokens"
             )
-    off = metrics.get("sampler_logprob_diff", 0.0)
-    if off > DISAGREE:
-        return Ailment(
-            f"sampler and trainer disagree by {off:.2g} nats a token: the responses are not this "
-            "policy's",
-            "docs/rollout.md says what to look at",
-        )
+    if found := _disagreement(metrics):
+        return found
     if len(ended) < ENOUGH:
         return None
     if not ended.any():
@@ -78,9 +73,22 @@ def ailment(
 
 
 def not_finite(metrics: dict[str, float]) -> Ailment | None:
-    """What is wrong with an update: a loss or a gradient's norm that is no number. (After such a
-    loss the policy rests, and there is no norm.)"""
+    """What is wrong with an update: a loss or a gradient's norm that is no number (after such a
+    loss the policy rests, and there is no norm), or responses that were not the policy's."""
     for name in ("policy_loss", "value_loss", "grad_norm", "value_grad_norm"):
         if not math.isfinite(metrics.get(name, 0.0)):
             return Ailment(f"{name} is {metrics[name]} in a minibatch")
-    return None
+    return _disagreement(metrics)
+
+
+def _disagreement(metrics: dict[str, float]) -> Ailment | None:
+    """Known before the update, or in its first minibatch where the sampler's log-probabilities
+    stand for the trainer's."""
+    off = metrics.get("sampler_logprob_diff", 0.0)
+    if off <= DISAGREE:
+        return None
+    return Ailment(
+        f"sampler and trainer disagree by {off:.2g} nats a token: the responses are not this "
+        "policy's",
+        "docs/rollout.md says what to look at",
+    )

@@ -8,13 +8,14 @@ import json
 import math
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from datasets import Dataset
+from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from transformers import (
     PreTrainedModel,
@@ -31,8 +32,10 @@ from trl import SFTTrainer
 from srppo import distributed
 from srppo.config import SFTConfig
 from srppo.data.demonstrations import Example
-from srppo.errors import ConfigError
+from srppo.errors import ConfigError, ModelError
+from srppo.models.batching import Sequences
 from srppo.models.memory import Budget, activation_checkpointing
+from srppo.models.scoring import rounding, score
 from srppo.progress import Advance, Reporter
 from srppo.train.health import Ailment
 from srppo.train.metrics import MetricsLog
@@ -69,12 +72,13 @@ def train_sft(
     if config.loss in WEIGHTS_OF:
         for row, logprobs in zip(rows, reference_logprobs(model, examples), strict=True):
             row["reference_logprobs"] = logprobs
+    first = examples[0]
+    scored = score(model, Sequences.of([first.prompt_ids], [first.response_ids]), max_tokens=1)[0]
     if isinstance(model, FSDPModule):
         model.reshard()  # what is trained are the pieces
         vars(model)["_is_accelerate_prepared"] = True  # not to be wrapped for several once more
     trained = [p for p in model.parameters() if p.requires_grad]
-    model.train()
-    with TemporaryDirectory() as scratch, warnings.catch_warnings():
+    with TemporaryDirectory() as scratch, warnings.catch_warnings(), _own_router(model):
         # TRL's own default of this setting already goes through its deprecated name.
         warnings.filterwarnings("ignore", message="`gradient_checkpointing` is deprecated")
         arguments = TRLConfig(
@@ -103,7 +107,9 @@ def train_sft(
             report_to="none",
             disable_tqdm=True,
             dataloader_pin_memory=False,
-            ddp_find_unused_parameters=False,
+            # Text alone gives the tower of a model that sees or hears no gradient.
+            ddp_find_unused_parameters=model.config.get_text_config() is not model.config,
+            router_aux_loss_coef=0.0,  # equation (1) has no term that balances experts
         )
         if arguments.n_gpu > 1:
             arguments._n_gpu = 1  # one process, one GPU; the trainer would split batches over all
@@ -121,6 +127,8 @@ def train_sft(
                 optimizer_cls_and_kwargs=_optimizer(config),
                 rows=Budget(micro, reporter.line),
             )
+            _check_loss(trainer, first, scored)
+            model.train()
             trainer.weights_of = WEIGHTS_OF.get(config.loss)
             for p in trained:
                 if p.dtype != torch.float32:  # the trainer makes adapters on quantised weights so
@@ -135,6 +143,33 @@ def train_sft(
                 found = keeper and keeper.found
                 trainer.train(resume_from_checkpoint=str(found.path) if found else None)
     return model.eval()
+
+
+@contextlib.contextmanager
+def _own_router(model: PreTrainedModel) -> Iterator[None]:
+    """TRL writes into the configuration that experts are not to be balanced; inside only."""
+    config = model.config.get_text_config()
+    names = ("output_router_logits", "router_aux_loss_coef")
+    own = {name: getattr(config, name) for name in names if hasattr(config, name)}
+    yield
+    for name, value in own.items():
+        setattr(config, name, value)
+
+
+@torch.no_grad()
+def _check_loss(trainer: _Trainer, example: Example, scored: Tensor) -> None:
+    """Raises ModelError unless the loss is of what is scored: TRL has an output head of its own,
+    and knows some architectures' only."""
+    model, n = trainer.model, len(example.response_ids)
+    inputs = {k: torch.tensor([x], device=model.device) for k, x in _row(example).items()}
+    trained = model(**inputs, fused_lm_head=True).log_probs[0, -n:].float().cpu()
+    off = float((trained - scored).abs().mean())
+    if not off <= rounding(model):
+        raise ModelError(
+            f"{type(model).__name__} cannot be fine-tuned here: the log-probabilities in the loss "
+            f"are {off:.2g} nats a token away from those that are scored, so another model would "
+            "be trained. Take a model of another architecture."
+        )
 
 
 def batching(config: SFTConfig, n: int) -> tuple[int, int]:
@@ -187,9 +222,14 @@ class _Trainer(ImportanceWeighted, SFTTrainer):
 
     def __init__(self, *args: Any, rows: Budget, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        # TRL's loss divides by the tokens of the whole step, whatever the model's own would do.
+        self.model_accepts_loss_kwargs = True
         self.rows = rows
         self.inputs: list[dict[str, Any]] = []
         """Of the step so far: when memory runs out, its gradients are made anew."""
+
+    def _send_telemetry(self) -> None:
+        """TRL would tell its authors the kind of model, hardware and data."""
 
     def end_step(self) -> None:
         """Note what the next one starts from."""
