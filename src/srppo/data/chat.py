@@ -73,8 +73,8 @@ _NOW = re.compile(r"""strftime_now\(\s*(['"])(.*?)\1\s*\)""")
 
 
 def _dated(tokenizer: "PreTrainedTokenizerBase") -> str | None:
-    """Its template with `set_date`'s date written in; None: as it is. transformers hands no function
-    of ours to a template."""
+    """Its template with `set_date`'s date written in; None: as it is. (transformers hands no
+    function of ours to a template.)"""
     template, date = tokenizer.chat_template, _dates.get(tokenizer)
     if date is None or not isinstance(template, str):
         return None
