@@ -1,6 +1,6 @@
 """How many steps each way of training needs, over runs of one recipe: from their own metrics.
 
-    .venv/bin/python bench/objective.py runs/miniature-table/seed=*
+    .venv/bin/python bench/objective.py runs/miniature-table/seed=?
 
 For every run, the policy and its `ppo` controls: the first step at which J, averaged over three
 steps, has come 90% and 95% of the way from where all start to the best one's last five steps. Mean

@@ -209,8 +209,8 @@ def test_results_that_are_not_whole_are_named(runs, damage, words):
     ],
 )
 def test_only_which_models_they_are_may_differ(runs, changes, key):
-    recipe = {"seed": 0, "model": {"base": "a", "sft": "c", "dtype": "float32"}}
-    other = {"seed": 1, "model": {"base": "b", "sft": "d", "dtype": "float32"}}
+    recipe = {"name": "a", "seed": 0, "model": {"base": "a", "sft": "c", "dtype": "float32"}}
+    other = {"name": "b", "seed": 1, "model": {"base": "b", "sft": "d", "dtype": "float32"}}
     for path, settings in zip(runs[:2], (recipe, other), strict=True):
         (path / "run.json").write_text(json.dumps({"recipe": settings}))
     assert summarise(runs[:2])

@@ -142,7 +142,7 @@ def _require_one_recipe(run_dirs: list[Path]) -> None:
 def _settings(recipe: dict[str, Any]) -> dict[str, Any]:
     """What must be the same: of the models, all but which ones they are."""
     model = {f"model.{key}": value for key, value in mapping(recipe, "model").items()}
-    placed = ("seed", "output_dir", "model", "model.base", "model.sft")
+    placed = ("name", "seed", "output_dir", "model", "model.base", "model.sft")
     return {key: value for key, value in {**recipe, **model}.items() if key not in placed}
 
 
