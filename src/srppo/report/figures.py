@@ -132,10 +132,10 @@ def lambda_curve(
             axes.yaxis.set_minor_locator(NullLocator())
         axes.plot(lams, nll, color=INK, marker="o", ms=3.5)
         axes.margins(y=0.15)
-        middle = (min(lams) + max(lams)) / 2
+        far = min(lams) + 0.7 * (max(lams) - min(lams))
         for i, (text, lam, series) in enumerate(marks):
             axes.axvline(lam, color=SERIES[series], lw=1.4, ls=_DASHES[i % 3])
-            right = lam > middle
+            right = lam > far
             axes.annotate(
                 text,
                 (lam, 1.0 - 0.1 * i),

@@ -79,7 +79,7 @@ def _facts(run: Json, files: RunFiles) -> list[tuple[str, str]]:
         hardware.get("gpu"),
         hardware.get("processor"),
         cores and f"{plain(cores)} cores",
-        threads and f"{plain(threads)} threads used",
+        threads and f"{plain(threads)} thread{'s' if threads > 1 else ''} used",
         memory and f"{plain(memory)} GiB memory",
         hardware.get("platform"),
     ]
