@@ -82,7 +82,7 @@ MOMENTS = {
     "stage 1 between two epochs": (BEGIN, 3),
     "stage 1 after its last step": ("srppo.train.checkpoint.RunDir.save_model", 1),
     "the change of stages": ("srppo.pipeline.audit", 1),
-    "a rollout": ("srppo.rollout.hf.HFSampler.sample", 5),
+    "a rollout": ("srppo.rollout.hf.HFSampler.sample", 9),
     "an update": ("srppo.train.update.Optimizers.step", 6),
     "an evaluation during stage 2": ("srppo.pipeline.Run._curve", 3),
     "a control": (BEGIN, 10),
@@ -204,7 +204,12 @@ NEVER = "checkpoint.every=1000"
     [
         pytest.param("srppo.train.sft._Trainer.end_step", 2, "sft", 2, marks=pytest.mark.slow),
         pytest.param("srppo.train.sft._Trainer.training_step", 3, "sft", 2, marks=pytest.mark.slow),
-        ("srppo.rollout.hf.HFSampler.sample", 6, "ppo", 2),  # three for the audit, one a curve
+        (
+            "srppo.rollout.hf.HFSampler.sample",
+            10,
+            "ppo",
+            2,
+        ),  # four to check, three for the audit, one a curve
         ("srppo.train.ppo.update", 3, "ppo", 3),
         pytest.param("srppo.pipeline.Run._curve", 2, "ppo", 2, marks=pytest.mark.slow),
     ],
@@ -263,7 +268,7 @@ def test_a_signal_waits_for_what_is_being_written_meanwhile(
 
     monkeypatch.setattr(Checkpoints, "_write", slow)
     target = "srppo.rollout.hf.HFSampler.sample"
-    done = interrupt(monkeypatch, recipe, target, 6, "checkpoint.overlap=true")
+    done = interrupt(monkeypatch, recipe, target, 10, "checkpoint.overlap=true")
     assert done.code == 143
     assert written == [1, 2, 3, 4, 1, 2]
     assert "kept at step 2" in done.err
