@@ -352,7 +352,8 @@ def test_stage_1_reads_the_ids_that_are_scored_and_learns_the_response(
     y = sequences(examples)
     wanted = {tuple(e.prompt_ids + e.response_ids): i for i, e in enumerate(examples)}
     seen = []
-    for call in calls:
+    batches = [call for call in calls if "attention_mask" in call]  # before them one row is checked
+    for call in batches:
         labels = call["labels"].tolist()
         for ids, learnt in zip(attended(call), labels, strict=True):
             i = wanted[ids]
