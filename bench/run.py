@@ -18,6 +18,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from case import SIZES, Case
+from srppo.models.precision import multiplies_bfloat16
 from table import summary, table
 
 HERE = Path(__file__).parent
@@ -47,6 +48,11 @@ def main() -> None:
     args = parser.parse_args()
     if args.steps < 2:
         parser.error(f"--steps {args.steps}: the first step does not count. Try --steps 2.")
+    engines = [e for e in args.engines if multiplies_bfloat16() or not e.endswith("-bf16")]
+    for engine in set(args.engines) - set(engines):
+        print(f"{engine} is left out: this processor multiplies no bfloat16.", file=sys.stderr)
+    if not engines:
+        sys.exit("Nothing is left to measure.")
     args.out.parent.mkdir(parents=True, exist_ok=True)
     lines = []
     with args.out.open("w") as out, tempfile.TemporaryDirectory() as scratch:
@@ -55,7 +61,7 @@ def main() -> None:
                 directory = Path(scratch) / size / ends
                 build(replace(SIZES[size], early=ends == "early"), directory)
                 for round_ in range(args.rounds):
-                    for engine in args.engines:
+                    for engine in engines:
                         line = {"size": size, "ends": ends, "engine": engine, "round": round_}
                         line |= measure(engine, directory, args.steps, seed=round_)
                         lines.append(line)

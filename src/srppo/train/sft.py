@@ -151,9 +151,11 @@ def _own_router(model: PreTrainedModel) -> Iterator[None]:
     config = model.config.get_text_config()
     names = ("output_router_logits", "router_aux_loss_coef")
     own = {name: getattr(config, name) for name in names if hasattr(config, name)}
-    yield
-    for name, value in own.items():
-        setattr(config, name, value)
+    try:
+        yield
+    finally:
+        for name, value in own.items():
+            setattr(config, name, value)
 
 
 @torch.no_grad()
