@@ -250,15 +250,17 @@ def test_adapters_on_weights_in_pieces_from_stage_1_to_the_end(tmp_path):
 
 
 @pytest.fixture
-def machines(tmp_path):
+def machines(request, tmp_path):
     """What prefixes a command so that it runs on each of two machines, and the first one's name.
 
-    Two network namespaces with a cable between them, each with a name and a hosts file of its own;
-    where there is no root and no `ip` of iproute2, two launchers on this machine.
+    Launchers on this machine, or two network namespaces with a cable between them, each with a name
+    and a hosts file of its own.
     """
-    if not shutil.which("ip") or os.geteuid():
+    if request.param == "launchers":
         yield ([], []), "localhost"
         return
+    if not shutil.which("ip") or os.geteuid():
+        pytest.skip("network namespaces take root and `ip` of iproute2")
     names = [f"srppo{os.getpid()}{k}" for k in "ab"]
     hosts = tmp_path / "hosts"
     hosts.write_text("127.0.0.1 localhost\n10.77.0.1 node1\n10.77.0.2 node2\n")
@@ -287,6 +289,7 @@ def ip(*arguments):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("machines", ["launchers", "namespaces"], indirect=True)
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_machine_that_dies_ends_the_run_and_the_rest_goes_on(alone, tmp_path, machines, victim):
     """Two of them meet over TCP; the first holds the meeting place."""
